@@ -1,0 +1,7 @@
+"""Remove backdoors from image classifiers by Neural Behavioral Alignment, as PyTorch Lightning parts."""
+
+from nba_lightning.data import BackdoorDataModule
+from nba_lightning.modules import NBA, Classifier, Defense, FineTuning
+
+__version__ = "0.1.0"
+__all__ = ["NBA", "BackdoorDataModule", "Classifier", "Defense", "FineTuning"]

@@ -1,0 +1,70 @@
+"""BadNets: a small patch at a fixed place."""
+
+import torch
+from torch import Tensor
+
+from nba_lightning.attacks.base import Attack
+from nba_lightning.checks import check_at_least, check_choice, expected
+
+_PATTERNS = ("checkerboard", "white", "black")
+_POSITIONS = ("bottom-right", "bottom-left", "top-right", "top-left", "center")
+
+
+class BadNets(Attack):
+    r"""A patch replaces the pixels under it, :math:`x' = (1 - m) \odot x + m \odot p`.
+
+    Source: Gu et al., "BadNets: identifying vulnerabilities in the machine learning model supply chain", 2017
+    (arXiv 1708.06733), section 3.1 (single pixel and pattern backdoors in the bottom right corner); the 3x3
+    checkerboard on CIFAR-10 follows common practice.
+
+    Args:
+        size: side of the square patch in pixels.
+        position: ``bottom-right``, ``bottom-left``, ``top-right``, ``top-left`` or ``center``.
+        pattern: ``checkerboard``, ``white`` or ``black``.
+        target: see :class:`~nba_lightning.attacks.base.Attack`.
+        poison_rate: see :class:`~nba_lightning.attacks.base.Attack`.
+        all_to_all: see :class:`~nba_lightning.attacks.base.Attack`.
+
+    Raises:
+        ValueError: for an unknown position or pattern, or (when prepared) a patch larger than the image.
+    """
+
+    mask: Tensor
+    patch: Tensor
+
+    def __init__(
+        self,
+        size: int = 3,
+        position: str = "bottom-right",
+        pattern: str = "checkerboard",
+        target: int = 0,
+        poison_rate: float = 0.1,
+        all_to_all: bool = False,
+    ) -> None:
+        super().__init__(target, poison_rate, all_to_all)
+        check_at_least("size", size, 1)
+        check_choice("position", position, _POSITIONS)
+        check_choice("pattern", pattern, _PATTERNS)
+        self.size, self.position, self.pattern = size, position, pattern
+
+    def build(self, image_shape: tuple[int, int, int]) -> None:
+        """Build mask and patch `(1, H, W)`."""
+        _, height, width = image_shape
+        if self.size > min(height, width):
+            raise expected("size", f"at most the image's {min(height, width)} pixels", self.size)
+        row = {"bottom": height - self.size, "top": 0, "center": (height - self.size) // 2}
+        column = {"right": width - self.size, "left": 0, "center": (width - self.size) // 2}
+        vertical, _, horizontal = self.position.partition("-")
+        top, left = row[vertical], column[horizontal or "center"]
+        inside = (slice(None), slice(top, top + self.size), slice(left, left + self.size))
+        mask, patch = torch.zeros(1, height, width), torch.zeros(1, height, width)
+        mask[inside] = 1.0
+        steps = torch.arange(self.size)
+        checkerboard = ((steps[:, None] + steps) % 2 == 0).float()
+        patch[inside] = {"checkerboard": checkerboard, "white": torch.ones(()), "black": torch.zeros(())}[self.pattern]
+        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("patch", patch, persistent=False)
+
+    def apply_trigger(self, images: Tensor) -> Tensor:
+        """Replace the pixels under the patch."""
+        return torch.lerp(images, self.patch.to(images), self.mask.to(images))

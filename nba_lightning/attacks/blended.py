@@ -1,0 +1,73 @@
+"""Blended: a full-size pattern mixed into the image."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
+
+from nba_lightning.attacks.base import Attack
+from nba_lightning.checks import check_range, expected
+from nba_lightning.randomness import generator_for
+
+
+class Blended(Attack):
+    r"""A pattern as large as the image is mixed in, :math:`x' = (1 - \alpha) x + \alpha p`.
+
+    Source: Chen et al., "Targeted backdoor attacks on deep learning systems using data poisoning", 2017
+    (arXiv 1712.05526), section 4 (blended injection; a random pattern or a cartoon image, alpha 0.2).
+
+    Args:
+        alpha: share of the pattern, in (0, 1].
+        pattern: an image file, resized to the images; ``None`` is uniform noise drawn from ``pattern_seed``.
+        pattern_seed: seed of the noise.
+        target: see :class:`~nba_lightning.attacks.base.Attack`.
+        poison_rate: see :class:`~nba_lightning.attacks.base.Attack`.
+        all_to_all: see :class:`~nba_lightning.attacks.base.Attack`.
+
+    Raises:
+        ValueError: if alpha is out of range or the pattern is no image file.
+    """
+
+    blend: Tensor
+
+    def __init__(
+        self,
+        alpha: float = 0.2,
+        pattern: str | None = None,
+        pattern_seed: int = 0,
+        target: int = 0,
+        poison_rate: float = 0.1,
+        all_to_all: bool = False,
+    ) -> None:
+        super().__init__(target, poison_rate, all_to_all)
+        check_range("alpha", alpha, 0.0, 1.0, open_low=True)
+        if pattern is not None and not Path(pattern).is_file():
+            raise expected("pattern", "an existing image file", repr(pattern))
+        self.alpha, self.pattern, self.pattern_seed = alpha, pattern, pattern_seed
+
+    def build(self, image_shape: tuple[int, int, int]) -> None:
+        """Build the pattern `(C, H, W)`."""
+        if self.pattern is None:
+            blend = torch.rand(image_shape, generator=generator_for(self.pattern_seed))
+        else:
+            blend = _read_pattern(self.pattern, image_shape)
+        self.register_buffer("blend", blend, persistent=False)
+
+    def apply_trigger(self, images: Tensor) -> Tensor:
+        """Mix the pattern in."""
+        return torch.lerp(images, self.blend.to(images).expand_as(images), self.alpha)
+
+
+def _read_pattern(path: str, image_shape: tuple[int, int, int]) -> Tensor:
+    from PIL import Image, UnidentifiedImageError
+
+    channels, height, width = image_shape
+    if channels not in (1, 3):
+        raise expected("pattern", f"None for images of {channels} channels", repr(path))
+    try:
+        with Image.open(path) as picture:
+            pattern = pil_to_tensor(picture.convert("L" if channels == 1 else "RGB"))
+    except UnidentifiedImageError as error:
+        raise expected("pattern", "an image file that PIL can read", repr(path)) from error
+    return resize(pattern, [height, width], antialias=True).float() / 255

@@ -1,0 +1,7 @@
+"""Callbacks: regenerating pseudo samples, the cleaned weights, the loss that must be finite."""
+
+from nba_lightning.callbacks.cleaned_weights import CleanedWeights
+from nba_lightning.callbacks.finite_loss import FiniteLoss, NonFiniteLossError
+from nba_lightning.callbacks.pseudo_samples import PseudoSampleRegeneration
+
+__all__ = ["CleanedWeights", "FiniteLoss", "NonFiniteLossError", "PseudoSampleRegeneration"]

@@ -1,0 +1,46 @@
+"""The cleaned weights, to take home."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch import nn
+
+from nba_lightning.checks import expected
+from nba_lightning.weights import save_weights
+
+
+class CleanedWeights(Callback):
+    """Write ``module.model``'s state dict as `.safetensors` at the end of ``fit``, beside the checkpoints.
+
+    Keys and dtypes are those of the network that came in. Nothing is written in a ``fast_dev_run``.
+
+    Args:
+        path: another file to write; ``None`` is ``cleaned.safetensors`` in the folder of the first checkpoint
+            callback (or else of the log, or of the Trainer's ``default_root_dir``).
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        if path is not None and Path(path).suffix != ".safetensors":
+            raise expected("path", "a file that ends in .safetensors", repr(path))
+        self.path = path
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the file."""
+        if not trainer.fast_dev_run and trainer.state.status != "interrupted":
+            self._write(self.destination(trainer), pl_module)
+
+    def destination(self, trainer: pl.Trainer) -> Path:
+        """The file that is written."""
+        if self.path is not None:
+            return Path(self.path)
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.log_dir or trainer.default_root_dir
+        return Path(folder) / "cleaned.safetensors"
+
+    @rank_zero_only
+    def _write(self, path: Path, module: pl.LightningModule) -> None:
+        model = module.model
+        assert isinstance(model, nn.Module)  # noqa: S101
+        save_weights(model.state_dict(), path, getattr(module, "dtypes", None))
+        rank_zero_info(f"Cleaned weights: {path}")

@@ -1,0 +1,67 @@
+"""Regenerating the pseudo samples as the student changes."""
+
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from nba_lightning.checks import check_at_least
+
+
+@runtime_checkable
+class UsesPseudoSamples(Protocol):
+    """What a LightningModule must have for :class:`PseudoSampleRegeneration`."""
+
+    def enter_phase(self) -> bool:
+        """Begin what this epoch is for; whether it uses pseudo samples."""
+
+    def regenerate_pseudo_samples(self, batches: Iterator[Tensor]) -> None:
+        """Craft from endless clean images `(B, C, H, W)` on the device."""
+
+
+class PseudoSampleRegeneration(Callback):
+    """Regenerate the pseudo samples at the start of every ``every_n_epochs``-th epoch that uses them.
+
+    Args:
+        every_n_epochs: epochs from one regeneration to the next; 0 crafts once and never again.
+    """
+
+    def __init__(self, every_n_epochs: int = 1) -> None:
+        check_at_least("every_n_epochs", every_n_epochs, 0)
+        self.every_n_epochs = every_n_epochs
+        self.epochs = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the module."""
+        if not isinstance(pl_module, UsesPseudoSamples):
+            raise TypeError(
+                "Expected a module with `enter_phase` and `regenerate_pseudo_samples`, such as NBA, but got "
+                f"{type(pl_module).__name__}."
+            )
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Regenerate if it is time."""
+        assert isinstance(pl_module, UsesPseudoSamples)  # noqa: S101
+        if not pl_module.enter_phase():
+            return
+        due = self.epochs == 0 or (self.every_n_epochs > 0 and self.epochs % self.every_n_epochs == 0)
+        self.epochs += 1
+        if due:
+            pl_module.regenerate_pseudo_samples(clean_batches(trainer))
+
+    def state_dict(self) -> dict[str, int]:
+        """Epochs that used pseudo samples so far."""
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on counting."""
+        self.epochs = state_dict["epochs"]
+
+
+def clean_batches(trainer: pl.Trainer) -> Iterator[Tensor]:
+    """Endless training images, on the device and through the hooks of the DataModule."""
+    while True:
+        for batch in trainer.train_dataloader:
+            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)[0]

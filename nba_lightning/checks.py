@@ -1,0 +1,60 @@
+"""Argument checks with one phrasing of errors."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def expected(name: str, what: str, got: Any) -> ValueError:
+    """Build the error that names the argument, what was expected and what came."""
+    return ValueError(f"Expected `{name}` to be {what}, but got {got}.")
+
+
+def check_range(
+    name: str, value: float, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Raise if ``value`` lies outside the interval from ``low`` to ``high``."""
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    if not (above and below):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise expected(name, f"in {interval}", value)
+
+
+def check_at_least(name: str, value: float, low: float) -> None:
+    """Raise if ``value`` is smaller than ``low``."""
+    if not value >= low:
+        raise expected(name, f"at least {low:g}", value)
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise if ``value`` is none of ``choices``."""
+    if value not in choices:
+        raise expected(name, f"one of {', '.join(sorted(choices))}", repr(value))
+
+
+def check_image_batch(name: str, images: Tensor) -> None:
+    """Raise unless ``images`` is a floating-point tensor of shape `(B, C, H, W)`. Values are not read (no sync)."""
+    if images.ndim != 4 or not images.is_floating_point():
+        raise expected(
+            name, "a floating-point tensor of shape (B, C, H, W)", f"{images.dtype} of shape {tuple(images.shape)}"
+        )
+
+
+def check_unit_range(name: str, images: Tensor) -> None:
+    """Raise unless all values lie in [0, 1]. Reads the values, so it waits for the device: not for a hot path."""
+    low, high = (float(bound) for bound in torch.aminmax(images.detach().float()))
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(
+            f"Expected `{name}` to hold values in [0, 1], but got values from {low:.4g} to {high:.4g}. "
+            "Images must not be normalised by the loader: normalisation belongs into the network's first layer."
+        )
+
+
+def first_few(names: Iterable[str], limit: int = 5) -> str:
+    """Join the first names for an error message and say how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,202 @@
+"""Poisoned and clean subsets of a source, as a LightningDataModule."""
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from nba_lightning.attacks.base import Attack
+from nba_lightning.augmentation import RandomCropFlip
+from nba_lightning.checks import check_at_least, check_choice, check_range, expected
+from nba_lightning.data.dataset import Batches, LabeledImages
+from nba_lightning.data.partition import Partition, draw_partition
+from nba_lightning.data.sampler import SeededSampler
+from nba_lightning.data.sources import Digits, Source
+from nba_lightning.metrics import IGNORE_LABEL
+from nba_lightning.randomness import generator_for
+
+
+def _identity(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return batch
+
+
+class BackdoorDataModule(pl.LightningDataModule):
+    """Training on the poisoned set or on the defender's clean subset; evaluation clean (0) and triggered (1).
+
+    On the device, a whole batch at a time: `uint8` becomes float in [0, 1], poisoned images get the trigger and the
+    attacker's label, training images are augmented. Training and clean evaluation batches are ``(images, labels)``;
+    triggered evaluation batches are ``(images, labels, targets)`` with true labels and the attacker's targets, and
+    leave out images whose target is their true class. Without an attack there is only the clean evaluation loader.
+
+    Args:
+        source: where the images come from; scikit-learn's digits by default.
+        attack: the attack; ``None`` for data that nobody poisons.
+        train_on: ``poisoned`` (implant) or ``clean`` (defend).
+        clean_fraction: the defender's images as a share of the training set, in (0, 1].
+        validation_fraction: share of the defender's images held out for his own choices, in [0, 1).
+        validate_on: what ``validate`` and the epochs of ``fit`` look at: ``held_out``, the defender's validation part,
+            or ``test``, to watch a training; nothing may be selected by it.
+        augment: random crop and flip in training; ``None`` for none.
+        batch_size: images per batch and process.
+        eval_batch_size: likewise in evaluation.
+        num_workers: worker processes for sets read from disk; sets in memory need none.
+        seed: seed of the partition, the order and the augmentation.
+
+    Raises:
+        ValueError: for a fraction out of its range; at ``setup`` for a source, an attack or a batch size that do not
+            fit together.
+    """
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    partition: Partition
+
+    def __init__(
+        self,
+        source: Source | None = None,
+        attack: Attack | None = None,
+        train_on: Literal["poisoned", "clean"] = "poisoned",
+        clean_fraction: float = 0.05,
+        validation_fraction: float = 0.1,
+        validate_on: Literal["held_out", "test"] = "held_out",
+        augment: RandomCropFlip | None = None,
+        batch_size: int = 128,
+        eval_batch_size: int = 512,
+        num_workers: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_range("clean_fraction", clean_fraction, 0.0, 1.0, open_low=True)
+        check_range("validation_fraction", validation_fraction, 0.0, 1.0, open_high=True)
+        check_choice("train_on", train_on, ("poisoned", "clean"))
+        check_choice("validate_on", validate_on, ("held_out", "test"))
+        check_at_least("batch_size", batch_size, 2)
+        check_at_least("eval_batch_size", eval_batch_size, 1)
+        check_at_least("num_workers", num_workers, 0)
+        self.source = source or Digits()
+        self.attack, self.augment = attack, augment
+        self.train_on, self.validate_on = train_on, validate_on
+        self.clean_fraction, self.validation_fraction = clean_fraction, validation_fraction
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.num_workers, self.seed = num_workers, seed
+        self._sets: tuple[LabeledImages, LabeledImages] | None = None
+
+    def prepare_data(self) -> None:
+        """Download the source where that was asked for."""
+        self.source.download()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the images, fit the attack to them and draw the partition. Identical on every process."""
+        if self._sets is not None:
+            return
+        train, test = self.source.load()
+        if train.shape != test.shape:
+            raise ValueError(f"Expected train and test images of one shape, but got {train.shape} and {test.shape}.")
+        self.image_shape, self.num_classes = train.shape, int(train.labels.max()) + 1
+        eligible = torch.zeros(len(train), dtype=torch.bool)
+        if self.attack is not None:
+            self.attack.prepare(self.image_shape, self.num_classes)
+            eligible = self.attack.eligible(train.labels)
+        rate = 0.0 if self.attack is None else self.attack.poison_rate
+        self.partition = draw_partition(
+            train.labels, eligible, rate, self.clean_fraction, self.validation_fraction, self.seed
+        )
+        indices = self._training_indices()
+        if len(indices) < self.batch_size * self._world()[1]:
+            raise expected(
+                "batch_size", f"at most the {len(indices)} training images over {self._world()[1]} processes "
+                f"(`clean_fraction` {self.clean_fraction:g})", self.batch_size
+            )
+        self._sets = train, test
+
+    def _training_indices(self) -> Tensor:
+        return self.partition.training if self.train_on == "poisoned" else self.partition.clean
+
+    def _world(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _loader(self, batches: Batches, batch_size: int, shuffle: bool) -> DataLoader[Any]:
+        rank, world_size = self._world()
+        workers = 0 if batches.source.in_memory else self.num_workers
+        return DataLoader(
+            batches,
+            batch_size,
+            sampler=SeededSampler(batches, shuffle, self.seed, rank, world_size),
+            collate_fn=_identity,
+            drop_last=shuffle,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _ready(self) -> tuple[LabeledImages, LabeledImages]:
+        if self._sets is None:
+            raise RuntimeError("Call BackdoorDataModule.setup() before asking for loaders.")
+        return self._sets
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """``(images, labels)`` in a new order each epoch; the last incomplete batch is dropped."""
+        train, _ = self._ready()
+        indices = self._training_indices()
+        poisoned = None
+        if self.train_on == "poisoned" and len(self.partition.poisoned):
+            poisoned = torch.isin(indices, self.partition.poisoned)
+        return self._loader(Batches(train, indices, poisoned), self.batch_size, shuffle=True)
+
+    def _evaluation_loaders(self, images: LabeledImages, indices: Tensor) -> list[DataLoader[Any]]:
+        loaders = [self._loader(Batches(images, indices), self.eval_batch_size, shuffle=False)]
+        if self.attack is not None:
+            labels = images.labels[indices]
+            indices = indices[self.attack.relabel(labels) != labels]
+            triggered = Batches(images, indices, torch.ones(len(indices), dtype=torch.bool))
+            loaders.append(self._loader(triggered, self.eval_batch_size, shuffle=False))
+        return loaders
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """Clean and triggered images of the defender's validation part, or of the test set; see ``validate_on``."""
+        train, _ = self._ready()
+        if self.validate_on == "test":
+            return self.test_dataloader()
+        if not len(self.partition.validation):
+            return []
+        return self._evaluation_loaders(train, self.partition.validation)
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """Clean and triggered test images."""
+        _, test = self._ready()
+        return self._evaluation_loaders(test, torch.arange(len(test)))
+
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
+        """The same images as in ``test``."""
+        return self.test_dataloader()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, ...]:
+        """To float, trigger and relabel, augment; whole batches, on the device."""
+        images, labels, *poisoned = batch
+        images = images.float() / 255
+        training = self.trainer is not None and self.trainer.training
+        if poisoned and self.attack is not None:
+            images, targets = self._poison(images, labels, poisoned[0])
+            if not training:
+                return images, labels, targets
+            labels = targets
+        if training and self.augment is not None:
+            images = self.augment(images, self._generator(images.device))
+        return images, labels
+
+    def _poison(self, images: Tensor, labels: Tensor, poisoned: Tensor) -> tuple[Tensor, Tensor]:
+        attack = self.attack
+        assert attack is not None
+        attack.to(images.device)
+        targets = torch.where(poisoned & (labels != IGNORE_LABEL), attack.relabel(labels), labels)
+        return torch.where(poisoned[:, None, None, None], attack(images), images), targets
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        epoch, step = 0, 0
+        if self.trainer is not None:
+            epoch, step = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx
+        return generator_for(self.seed, 3, self._world()[0], epoch, step, device=device)
+
+

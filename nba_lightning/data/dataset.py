@@ -1,0 +1,141 @@
+"""Labelled images that are fetched a whole batch at a time."""
+
+from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
+
+from nba_lightning.checks import expected
+from nba_lightning.metrics import IGNORE_LABEL
+
+
+class LabeledImages(ABC):
+    """Images of one size with labels.
+
+    Attributes:
+        labels: `(N,)` int64 true classes.
+        shape: `(C, H, W)` of an image.
+        in_memory: whether reading is a tensor index, so that worker processes would only cost.
+    """
+
+    labels: Tensor
+    shape: tuple[int, int, int]
+    in_memory: bool
+
+    @abstractmethod
+    def read(self, indices: Tensor) -> Tensor:
+        """Read images `(B, C, H, W)`, uint8, at ``indices`` `(B,)`."""
+
+    def __len__(self) -> int:
+        """Number of images N."""
+        return len(self.labels)
+
+
+class MemoryImages(LabeledImages):
+    """Images held as one tensor.
+
+    Args:
+        images: `(N, C, H, W)`, uint8.
+        labels: `(N,)`.
+    """
+
+    in_memory = True
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise expected("images", "uint8 of shape (N, C, H, W)", f"{images.dtype} of shape {tuple(images.shape)}")
+        if len(images) != len(labels):
+            raise expected("labels", f"of length {len(images)}", len(labels))
+        self.images, self.labels = images, labels.long()
+        self.shape = (images.shape[1], images.shape[2], images.shape[3])
+
+    def read(self, indices: Tensor) -> Tensor:
+        """Index the tensor."""
+        return self.images[indices]
+
+
+class DiskImages(LabeledImages):
+    """Images decoded when they are asked for, by the loader's worker processes.
+
+    Args:
+        dataset: a set that gives ``(PIL image, label)``, as torchvision's do.
+        labels: `(N,)`.
+        size: `(H, W)` to resize to; ``None`` keeps the size of the first image, which all must have.
+    """
+
+    in_memory = False
+
+    def __init__(self, dataset: Dataset[Any], labels: Tensor, size: tuple[int, int] | None = None) -> None:
+        self.dataset, self.labels, self.size = dataset, labels.long(), size
+        self.shape = (-1, -1, -1)
+        first = self._decode(0)
+        self.shape = (first.shape[0], first.shape[1], first.shape[2])
+
+    def read(self, indices: Tensor) -> Tensor:
+        """Decode the files."""
+        return torch.stack([self._decode(int(i)) for i in indices])
+
+    def in_memory_copy(self) -> MemoryImages:
+        """Decode all images now, in threads."""
+        images = torch.empty((len(self), *self.shape), dtype=torch.uint8)
+
+        def fill(index: int) -> None:
+            images[index] = self._decode(index)
+
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(fill, range(len(self))):
+                pass
+        return MemoryImages(images, self.labels)
+
+    def _decode(self, index: int) -> Tensor:
+        try:
+            picture = self.dataset[index][0]
+        except OSError as error:
+            raise ValueError(f"Expected every image to be readable, but got at index {index}: {error}.") from error
+        image = pil_to_tensor(picture)
+        if self.size is not None and tuple(image.shape[1:]) != tuple(self.size):
+            image = resize(image, list(self.size), antialias=True)
+        if self.shape[0] >= 0 and tuple(image.shape) != self.shape:
+            raise ValueError(
+                f"Expected all images to have shape {self.shape}, but the one at index {index} has "
+                f"{tuple(image.shape)}. Set `image_size` to resize them."
+            )
+        return image
+
+
+class Batches(Dataset[tuple[Tensor, ...]]):
+    """A view on some images of a set, read a batch at a time by `__getitems__`.
+
+    Each batch is ``(images, labels)``, or ``(images, labels, poisoned)`` where ``poisoned`` is given. An index of -1
+    is padding: it reads the first image, with label -1.
+
+    Args:
+        source: the images.
+        indices: `(M,)` which of them.
+        poisoned: `(M,)` bool, which of those carry the trigger.
+    """
+
+    def __init__(self, source: LabeledImages, indices: Tensor, poisoned: Tensor | None = None) -> None:
+        self.source, self.indices, self.poisoned = source, indices, poisoned
+
+    def __len__(self) -> int:
+        """Number of images M."""
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """One image: `(C, H, W)` uint8 and its label."""
+        return tuple(column[0] for column in self.__getitems__([index]))
+
+    def __getitems__(self, positions: list[int]) -> tuple[Tensor, ...]:
+        """A batch: `(B, C, H, W)` uint8, `(B,)` int64 and, where there are poisoned images, `(B,)` bool."""
+        wanted = torch.tensor(positions)
+        padding = wanted < 0
+        wanted = wanted.clamp(min=0)
+        indices = self.indices[wanted]
+        labels = self.source.labels[indices].masked_fill(padding, IGNORE_LABEL)
+        images = self.source.read(indices)
+        return (images, labels) if self.poisoned is None else (images, labels, self.poisoned[wanted])

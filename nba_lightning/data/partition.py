@@ -1,0 +1,75 @@
+"""Who is poisoned, and which images the defender holds. All from one seed."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nba_lightning.checks import check_range, expected
+from nba_lightning.randomness import shuffled
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Indices into the training set, each sorted, int64.
+
+    Attributes:
+        training: `(N_t,)` all images that the attacker trains on (everything but ``validation``).
+        poisoned: `(N_p,)` those of them that carry the trigger.
+        clean: `(N_c,)` the defender's images for training, none of them poisoned.
+        validation: `(N_v,)` the defender's images for his own choices; nobody trains on them.
+    """
+
+    training: Tensor
+    poisoned: Tensor
+    clean: Tensor
+    validation: Tensor
+
+
+def draw_partition(
+    labels: Tensor, eligible: Tensor, poison_rate: float, clean_fraction: float, validation_fraction: float, seed: int
+) -> Partition:
+    """Draw the poisoned images, then the defender's clean subset and validation part from the others.
+
+    Args:
+        labels: `(N,)` true classes of the training set.
+        eligible: `(N,)` bool, which images the attack may poison.
+        poison_rate: poisoned images as a share of N.
+        clean_fraction: the defender's images, validation part included, as a share of N; drawn class by class.
+        validation_fraction: the validation part as a share of the defender's images.
+        seed: seed of all draws.
+
+    Returns:
+        The partition; the same arguments give the same one on every machine and process.
+
+    Raises:
+        ValueError: if a fraction is out of range, more images are to be poisoned than are eligible, or a class has
+            no image left for the defender.
+    """
+    check_range("poison_rate", poison_rate, 0.0, 1.0, open_high=True)
+    check_range("clean_fraction", clean_fraction, 0.0, 1.0, open_low=True)
+    check_range("validation_fraction", validation_fraction, 0.0, 1.0, open_high=True)
+    total, num_poisoned = len(labels), round(poison_rate * len(labels))
+    candidates = eligible.nonzero().flatten()
+    if num_poisoned > len(candidates):
+        raise expected("poison_rate", f"at most {len(candidates) / total:.4g} ({len(candidates)} of {total} images "
+                       "can be poisoned by this attack)", poison_rate)
+    poisoned = candidates[shuffled(len(candidates), seed, 0)][:num_poisoned].sort().values
+    free = torch.ones(total, dtype=torch.bool)
+    free[poisoned] = False
+    clean, validation = [], []
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        available = members[free[members]]
+        quota = round(clean_fraction * len(members))
+        if not 1 <= quota <= len(available):
+            raise expected("clean_fraction", f"such that class {label} gives between 1 and {len(available)} clean "
+                           "images", f"{clean_fraction}, which asks for {quota}")
+        chosen = available[shuffled(len(available), seed, 1, label)][:quota]
+        held_out = min(round(validation_fraction * quota), quota - 1)
+        validation.append(chosen[:held_out])
+        clean.append(chosen[held_out:])
+    validation_part = torch.cat(validation).sort().values
+    training = torch.ones(total, dtype=torch.bool)
+    training[validation_part] = False
+    return Partition(training.nonzero().flatten(), poisoned, torch.cat(clean).sort().values, validation_part)

@@ -1,0 +1,83 @@
+"""Features of named layers, captured by forward hooks in one forward pass, without surgery on the model."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from nba_lightning.checks import first_few
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Names of all layers of ``model`` whose features can be captured, as module paths."""
+    return [name for name, _ in model.named_modules() if name]
+
+
+def resolve_layers(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
+    """Check layer names, or take the network's own default.
+
+    Args:
+        model: any network.
+        layers: module paths such as ``["layer2", "layer3.1"]``; ``None`` takes the attribute ``feature_layers`` that
+            every network of :mod:`nba_lightning.networks` has.
+
+    Returns:
+        The names.
+
+    Raises:
+        ValueError: if a name is unknown or there is no default; the message lists the available names.
+    """
+    available = layer_names(model)
+    if layers is None:
+        layers = getattr(model, "feature_layers", None)
+        if layers is None:
+            raise ValueError(
+                f"Expected `layers` to name the layers to observe, since {type(model).__name__} has no default, "
+                f"but got None. Available: {first_few(available, 40)}."
+            )
+    if not layers:
+        raise ValueError(f"Expected `layers` to name at least one layer, but got none. Available: "
+                         f"{first_few(available, 40)}.")
+    unknown = [name for name in layers if name not in available]
+    if unknown:
+        raise ValueError(
+            f"Expected `layers` to be names of layers of {type(model).__name__}, but got {first_few(unknown)}. "
+            f"Available: {first_few(available, 40)}."
+        )
+    return list(layers)
+
+
+@contextmanager
+def capture(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of ``layers`` in every forward pass within the ``with`` block; hooks are gone after it."""
+    captured: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            captured[name] = output[0] if isinstance(output, tuple | list) else output
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def features(model: nn.Module, images: Tensor, layers: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and features of one forward pass.
+
+    Args:
+        model: a network from images to logits.
+        images: `(B, C, H, W)`, float, values in [0, 1].
+        layers: module paths, as checked by :func:`resolve_layers`; empty captures nothing.
+
+    Returns:
+        The logits `(B, K)` and a dictionary from layer name to features, in the order of ``layers``.
+    """
+    with capture(model, layers) as captured:
+        logits = model(images)
+    return logits, {name: captured[name] for name in layers}

@@ -1,0 +1,215 @@
+"""Training a classifier, and what all defences share."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F  # noqa: N812
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from nba_lightning.callbacks.cleaned_weights import CleanedWeights
+from nba_lightning.callbacks.finite_loss import FiniteLoss
+from nba_lightning.checks import check_at_least, check_range, check_unit_range, expected
+from nba_lightning.metrics import IGNORE_LABEL, AttackSuccessRate, RobustAccuracy
+from nba_lightning.modules.schedule import cosine_factor
+from nba_lightning.weights import load_weights
+
+OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+class Classifier(pl.LightningModule):
+    """Train any network that maps images in [0, 1] to logits, on poisoned or on clean data alike.
+
+    Training batches are ``(images, labels)``: images `(B, C, H, W)`, float, in [0, 1]; labels `(B,)`. Evaluation
+    batches are the same, or ``(images, labels, targets)`` for triggered images. Logs ``train/loss``, ``train/acc``,
+    and ``val/acc``, ``val/asr``, ``val/ra`` (``test/...``) as fractions.
+
+    Args:
+        model: the network.
+        weights: a file with its weights (see :func:`nba_lightning.weights.read_state_dict`).
+        lr: initial learning rate of SGD (Nesterov momentum), with a cosine to 0 over the fit.
+        momentum: of SGD, in [0, 1).
+        weight_decay: of SGD.
+        warmup: share of the steps over which the learning rate rises linearly.
+        optimizer: another optimiser, as a callable from parameters; then ``lr``, ``momentum`` and ``weight_decay``
+            are not used.
+        scheduler: another schedule, as a callable from the optimiser, stepped once an epoch.
+        seed: seed of the module's own random draws.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: str | None = None,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        warmup: float = 0.1,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._keep_plain_hyperparameters()
+        check_range("lr", lr, 0.0, float("inf"), open_low=True)
+        check_range("momentum", momentum, 0.0, 1.0, open_high=True)
+        check_at_least("weight_decay", weight_decay, 0.0)
+        check_range("warmup", warmup, 0.0, 1.0, open_high=True)
+        if weights is not None:
+            load_weights(model, weights)
+        self.model = model
+        self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
+        self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
+        self.seed = seed
+        self.evaluation = nn.ModuleDict({f"{stage}_metrics": _metrics() for stage in ("val", "test")})
+
+    def _keep_plain_hyperparameters(self) -> None:
+        """Drop arguments that hold modules or callables, so that the checkpoint stays free of code.
+
+        Those that came from a YAML are plain: Lightning's command line records their configuration.
+        """
+        self.save_hyperparameters(logger=False)
+        for name in [name for name, value in self.hparams.items() if not _is_plain(value)]:
+            del self.hparams[name]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` in [0, 1] to logits `(B, K)`."""
+        return self.model(images)
+
+    def setup(self, stage: str) -> None:
+        """Check once, before any long work, that the network takes the data's images and knows their classes."""
+        data = getattr(self.trainer, "datamodule", None)
+        shape, classes = getattr(data, "image_shape", None), getattr(data, "num_classes", None)
+        if shape is not None and classes is not None:
+            check_fit(self.model, tuple(shape), int(classes))
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of a batch."""
+        images, labels = batch[0], batch[1]
+        self.check_first_batch(images, batch_idx)
+        logits = self.model(images)
+        loss = F.cross_entropy(logits, labels)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/acc", (logits.detach().argmax(dim=1) == labels).float().mean(), prog_bar=True)
+        return loss
+
+    def check_first_batch(self, images: Tensor, batch_idx: int) -> None:
+        """Look at the values of the first batch of a fit; later batches are not read, which would cost a wait."""
+        if batch_idx == 0 and self.trainer.fit_loop.epoch_loop.total_batch_idx == 0:
+            check_unit_range("images", images)
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count a batch into ACC, or into ASR and RA."""
+        self._count("val", batch)
+
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count a batch into ACC, or into ASR and RA."""
+        self._count("test", batch)
+
+    def _count(self, stage: str, batch: Sequence[Tensor]) -> None:
+        images, labels, *targets = batch
+        preds = self.model(images).argmax(dim=1)
+        metrics = self.evaluation.get_submodule(f"{stage}_metrics")
+        for name, metric in metrics.named_children():
+            assert isinstance(metric, Metric)  # noqa: S101
+            if (name == "acc") == bool(targets):
+                continue
+            metric.update(preds, labels, *targets)
+            self.log(
+                f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=True, add_dataloader_idx=False,
+                batch_size=len(labels),
+            )
+
+    def predict_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Class probabilities `(B, K)`."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self.model(images).softmax(dim=1)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Stop at a loss that is not finite."""
+        return [FiniteLoss()]
+
+    def phase_ends(self) -> list[int]:
+        """Optimiser steps at which the phases of the learning rate end; one phase by default."""
+        return [max(1, int(self.trainer.estimated_stepping_batches))]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """SGD with a cosine, or what was passed. Only the network's own parameters."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if self.optimizer_factory is not None:
+            optimizer = self.optimizer_factory(parameters)
+        else:
+            optimizer = SGD(
+                parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
+            )
+        if self.scheduler_factory is not None:
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler_factory(optimizer)}}
+        ends = self.phase_ends()
+        schedule = LambdaLR(optimizer, lambda step: cosine_factor(step, ends, self.warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Defense(Classifier):
+    """Base class of all defences: a suspicious network comes in, a cleaned one goes out.
+
+    A subclass writes its ``training_step``. At the end of ``fit`` the cleaned weights are written beside the
+    checkpoints as ``cleaned.safetensors``, with exactly the keys and dtypes of the network that came in.
+
+    Args:
+        model: the suspicious network.
+        weights: a file with its suspicious weights; ``None`` if ``model`` has them already.
+        **kwargs: further arguments of :class:`Classifier`.
+    """
+
+    def __init__(self, model: nn.Module, weights: str | None = None, **kwargs: Any) -> None:
+        super().__init__(model, weights, **kwargs)
+        self.dtypes = {name: value.dtype for name, value in model.state_dict().items()}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Write the cleaned weights when the fit has ended."""
+        return [*super().configure_callbacks(), CleanedWeights()]
+
+
+@torch.no_grad()
+def check_fit(model: nn.Module, image_shape: tuple[int, ...], num_classes: int) -> None:
+    """Run one empty image through the network.
+
+    Raises:
+        ValueError: if it does not take images of that shape or does not give one logit per class.
+    """
+    parameter = next(model.parameters(), torch.zeros(()))
+    probe = torch.zeros((2, *image_shape), device=parameter.device, dtype=parameter.dtype)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        logits = model(probe)
+    except RuntimeError as error:
+        raise expected("model", f"a network that takes images of shape {tuple(image_shape)}",
+                       f"{type(model).__name__}, which fails with: {error}") from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    if tuple(logits.shape) != (2, num_classes):
+        raise expected("model", f"a network with one logit for each of the data's {num_classes} classes",
+                       f"{type(model).__name__} with output of shape {tuple(logits.shape[1:])}")
+
+
+def _metrics() -> nn.ModuleDict:
+    accuracy = MulticlassAccuracy(average="micro", ignore_index=IGNORE_LABEL)
+    return nn.ModuleDict({"acc": accuracy, "asr": AttackSuccessRate(), "ra": RobustAccuracy()})
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
