@@ -2,6 +2,7 @@
 
 from nba_lightning.callbacks.cleaned_weights import CleanedWeights
 from nba_lightning.callbacks.finite_loss import FiniteLoss, NonFiniteLossError
+from nba_lightning.callbacks.predictions import PredictionWriter
 from nba_lightning.callbacks.pseudo_samples import PseudoSampleRegeneration
 
-__all__ = ["CleanedWeights", "FiniteLoss", "NonFiniteLossError", "PseudoSampleRegeneration"]
+__all__ = ["CleanedWeights", "FiniteLoss", "NonFiniteLossError", "PredictionWriter", "PseudoSampleRegeneration"]

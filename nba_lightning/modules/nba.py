@@ -162,7 +162,7 @@ class NBA(Defense):
     def regenerate_pseudo_samples(self, batches: Iterator[Tensor]) -> None:
         """Craft against the current student; see :class:`~nba_lightning.pseudo.PseudoSamples`."""
         generator = generator_for(self.seed, 4, self.trainer.current_epoch, device=self.device)
-        with evaluating(self.model, self.teacher):
+        with evaluating(self.model, self.teacher), self.trainer.precision_plugin.forward_context():
             self.pseudo.regenerate(
                 self.model, self.teacher, batches, generator,
                 lambda tensor: self.trainer.strategy.reduce(tensor, reduce_op="mean"),  # type: ignore[arg-type, return-value]
