@@ -1,8 +1,16 @@
-"""Callbacks: regenerating pseudo samples, the cleaned weights, the loss that must be finite."""
+"""Callbacks: regenerating pseudo samples, the cleaned weights, the loss that must be finite, records."""
 
 from nba_lightning.callbacks.cleaned_weights import CleanedWeights
 from nba_lightning.callbacks.finite_loss import FiniteLoss, NonFiniteLossError
+from nba_lightning.callbacks.history import History
 from nba_lightning.callbacks.predictions import PredictionWriter
 from nba_lightning.callbacks.pseudo_samples import PseudoSampleRegeneration
 
-__all__ = ["CleanedWeights", "FiniteLoss", "NonFiniteLossError", "PredictionWriter", "PseudoSampleRegeneration"]
+__all__ = [
+    "CleanedWeights",
+    "FiniteLoss",
+    "History",
+    "NonFiniteLossError",
+    "PredictionWriter",
+    "PseudoSampleRegeneration",
+]
