@@ -63,14 +63,26 @@ def network() -> torch.nn.Module:
 
 def data(source: Source, attack: Attack, seed: int, **kwargs: Any) -> BackdoorDataModule:
     return BackdoorDataModule(
-        source, attack, augment=RandomCropFlip(), clean_fraction=CLEAN_FRACTION, eval_batch_size=500, seed=seed, **kwargs
+        source,
+        attack,
+        augment=RandomCropFlip(),
+        clean_fraction=CLEAN_FRACTION,
+        eval_batch_size=500,
+        seed=seed,
+        **kwargs,
     )
 
 
 def trainer(args: argparse.Namespace, epochs: int) -> pl.Trainer:
     return pl.Trainer(
-        max_epochs=epochs, precision=args.precision, logger=False, enable_checkpointing=False, limit_val_batches=0,
-        enable_model_summary=False, enable_progress_bar=args.progress, default_root_dir=args.work,
+        max_epochs=epochs,
+        precision=args.precision,
+        logger=False,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        enable_model_summary=False,
+        enable_progress_bar=args.progress,
+        default_root_dir=args.work,
     )
 
 
@@ -103,7 +115,10 @@ def backdoored(args: argparse.Namespace, source: Source, name: str) -> tuple[tor
     seconds = time.perf_counter() - start
     save_weights(model.state_dict(), weights)
     cell = base(args, name, "none", 0) | test(args, module, datamodule)
-    cell |= {"seconds": round(seconds, 1), "settings": {"epochs": args.epochs, "batch_size": BATCH_SIZE, "lr": module.lr}}
+    cell |= {
+        "seconds": round(seconds, 1),
+        "settings": {"epochs": args.epochs, "batch_size": BATCH_SIZE, "lr": module.lr},
+    }
     for other in ATTACKS:
         if other != name:
             datamodule = data(source, ATTACKS[other](), 0, train_on="clean")
@@ -114,9 +129,15 @@ def backdoored(args: argparse.Namespace, source: Source, name: str) -> tuple[tor
 
 def base(args: argparse.Namespace, attack: str, defense: str, seed: int) -> dict[str, Any]:
     return {
-        "attack": attack, "defense": defense, "seed": seed, "network": "WideResNet-16-1",
-        "source": args.source, "clean_fraction": CLEAN_FRACTION, "poison_rate": ATTACKS[attack]().poison_rate,
-        "precision": args.precision, **provenance(),
+        "attack": attack,
+        "defense": defense,
+        "seed": seed,
+        "network": "WideResNet-16-1",
+        "source": args.source,
+        "clean_fraction": CLEAN_FRACTION,
+        "poison_rate": ATTACKS[attack]().poison_rate,
+        "precision": args.precision,
+        **provenance(),
     }
 
 
@@ -135,7 +156,10 @@ def defend(args: argparse.Namespace, source: Source, name: str, defense: str, se
     seconds = time.perf_counter() - start
     cell = base(args, name, args.label or defense, seed) | test(args, module, datamodule)
     cell["der"] = round(defense_effectiveness_rating(before["acc"], before["asr"], cell["acc"], cell["asr"]), 6)
-    cell |= {"seconds": round(seconds, 1), "settings": {"epochs": epochs, "batch_size": DEFENSE_BATCH_SIZE} | dict(args.set)}
+    cell |= {
+        "seconds": round(seconds, 1),
+        "settings": {"epochs": epochs, "batch_size": DEFENSE_BATCH_SIZE} | dict(args.set),
+    }
     write(path, cell)
 
 

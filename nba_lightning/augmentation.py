@@ -1,7 +1,7 @@
 """Random crop and flip of whole batches on the device."""
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nba_lightning.checks import check_at_least, check_image_batch

@@ -52,10 +52,14 @@ def demo(output: str = "nba-demo", seed: int = 0, attack: Literal["badnets", "bl
         data, watch = _data(_ATTACKS[attack](), "poisoned", seed), History()
         backdoored = Classifier(SmallCNN(in_channels=1), seed=seed)
         _trainer(_IMPLANT_EPOCHS, folder, watch).fit(backdoored, data)
-        console.rule("2/3  The owner, who knows neither trigger nor target, fine-tunes a teacher and aligns the network")
+        console.rule(
+            "2/3  The owner, who knows neither trigger nor target, fine-tunes a teacher and aligns the network"
+        )
         clean_data, clean_watch = _data(_ATTACKS[attack](), "clean", seed), History()
         nba = NBA(
-            copy.deepcopy(backdoored.model), teacher_epochs=_TEACHER_EPOCHS, seed=seed,
+            copy.deepcopy(backdoored.model),
+            teacher_epochs=_TEACHER_EPOCHS,
+            seed=seed,
             pseudo=UniversalPerturbations(number=4, rms=0.3),
         )
         _trainer(_TEACHER_EPOCHS + _STUDENT_EPOCHS, folder, clean_watch).fit(nba, clean_data)
@@ -72,16 +76,28 @@ def demo(output: str = "nba-demo", seed: int = 0, attack: Literal["badnets", "bl
 
 def _data(attack: Attack, train_on: Literal["poisoned", "clean"], seed: int) -> BackdoorDataModule:
     return BackdoorDataModule(
-        Digits(), attack, train_on=train_on, validation_fraction=0.0, validate_on="test",
-        augment=RandomCropFlip(1, flip=False), batch_size=64 if train_on == "poisoned" else 8, seed=seed,
+        Digits(),
+        attack,
+        train_on=train_on,
+        validation_fraction=0.0,
+        validate_on="test",
+        augment=RandomCropFlip(1, flip=False),
+        batch_size=64 if train_on == "poisoned" else 8,
+        seed=seed,
     )
 
 
 def _trainer(epochs: int, folder: Path, *callbacks: Callback, bar: bool = True) -> pl.Trainer:
     return pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
-        enable_progress_bar=bar, callbacks=[*callbacks, *([RichProgressBar()] if bar else [])],
-        default_root_dir=folder, num_sanity_val_steps=0,
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=bar,
+        callbacks=[*callbacks, *([RichProgressBar()] if bar else [])],
+        default_root_dir=folder,
+        num_sanity_val_steps=0,
     )
 
 
@@ -93,8 +109,11 @@ def _test(network: nn.Module, data: BackdoorDataModule, folder: Path) -> dict[st
 def _rows(figures_of: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     before = figures_of["backdoored"]
     return [
-        {"model": name, **after,
-         "der": defense_effectiveness_rating(before["acc"], before["asr"], after["acc"], after["asr"])}
+        {
+            "model": name,
+            **after,
+            "der": defense_effectiveness_rating(before["acc"], before["asr"], after["acc"], after["asr"]),
+        }
         for name, after in figures_of.items()
     ]
 
@@ -123,12 +142,15 @@ def _draw(
     figures.samples_figure(clean, triggered, (clean + perturbations).clamp(0, 1), folder / "samples.png")
     implanted, defended = histories
     phases = {
-        "implanting the backdoor": implanted, "fine-tuning the teacher": defended[:_TEACHER_EPOCHS],
+        "implanting the backdoor": implanted,
+        "fine-tuning the teacher": defended[:_TEACHER_EPOCHS],
         "aligning the student": defended[_TEACHER_EPOCHS:],
     }
     figures.curves_figure(phases, folder / "curves.png")
-    maps = {name: _attention(network, triggered[:1]) for name, network in
-            (("backdoored", backdoored), ("after NBA", nba.model))}
+    maps = {
+        name: _attention(network, triggered[:1])
+        for name, network in (("backdoored", backdoored), ("after NBA", nba.model))
+    }
     figures.attention_figure(triggered[0], maps, folder / "attention.png")
 
 

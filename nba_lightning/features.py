@@ -37,8 +37,9 @@ def resolve_layers(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
                 f"but got None. Available: {first_few(available, 40)}."
             )
     if not layers:
-        raise ValueError(f"Expected `layers` to name at least one layer, but got none. Available: "
-                         f"{first_few(available, 40)}.")
+        raise ValueError(
+            f"Expected `layers` to name at least one layer, but got none. Available: {first_few(available, 40)}."
+        )
     unknown = [name for name in layers if name not in available]
     if unknown:
         raise ValueError(

@@ -4,7 +4,7 @@ Everything that squares or normalises is computed in float32, so half-precision 
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -138,9 +138,7 @@ def js_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     return ((log_p.exp() * (log_p - log_m)) + (log_q.exp() * (log_q - log_m))).sum(dim=1) / 2
 
 
-def defense_effectiveness_rating(
-    acc_before: float, asr_before: float, acc_after: float, asr_after: float
-) -> float:
+def defense_effectiveness_rating(acc_before: float, asr_before: float, acc_after: float, asr_after: float) -> float:
     r"""Defence effectiveness rating, :math:`(\max(0, \Delta ASR) - \max(0, \Delta ACC) + 1) / 2`.
 
     Source: Zhu et al., "Enhancing fine-tuning based backdoor defense with sharpness-aware minimization", ICCV 2023

@@ -27,7 +27,7 @@ class AttackSuccessRate(Metric):
     """
 
     is_differentiable = False
-    higher_is_better = None
+    higher_is_better: bool | None = None
     full_state_update = False
     hits: Tensor
     total: Tensor

@@ -58,7 +58,11 @@ class PseudoSamples(nn.Module, ABC):
         self.disagreement = disagreement or KLDisagreement()
 
     def regenerate(
-        self, student: nn.Module, teacher: nn.Module, batches: Iterator[Tensor], generator: torch.Generator,
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        batches: Iterator[Tensor],
+        generator: torch.Generator,
         reduce: Reduce,
     ) -> None:
         """Renew what is kept from epoch to epoch; nothing by default.
@@ -72,9 +76,7 @@ class PseudoSamples(nn.Module, ABC):
         """
 
     @abstractmethod
-    def forward(
-        self, images: Tensor, student: nn.Module, teacher: nn.Module, generator: torch.Generator
-    ) -> Tensor:
+    def forward(self, images: Tensor, student: nn.Module, teacher: nn.Module, generator: torch.Generator) -> Tensor:
         """Perturbations `(B, C, H, W)` for clean images `(B, C, H, W)` in [0, 1]; not yet clamped."""
 
     def _ascend(self, perturbations: Tensor, gradients: Tensor, step_size: float) -> Tensor:
@@ -108,7 +110,11 @@ class UniversalPerturbations(PseudoSamples):
     bank: Tensor
 
     def __init__(
-        self, number: int = 1, rms: float = 0.0722, steps: int = 10, disagreement: Disagreement | None = None,
+        self,
+        number: int = 1,
+        rms: float = 0.0722,
+        steps: int = 10,
+        disagreement: Disagreement | None = None,
         restart: bool = False,
     ) -> None:
         super().__init__(rms, steps, disagreement)
@@ -117,7 +123,11 @@ class UniversalPerturbations(PseudoSamples):
         self.register_buffer("bank", torch.empty(0))
 
     def regenerate(
-        self, student: nn.Module, teacher: nn.Module, batches: Iterator[Tensor], generator: torch.Generator,
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        batches: Iterator[Tensor],
+        generator: torch.Generator,
         reduce: Reduce,
     ) -> None:
         """Some gradient steps on the bank; see :meth:`PseudoSamples.regenerate`."""
@@ -145,7 +155,7 @@ class UniversalPerturbations(PseudoSamples):
         saved = state_dict.get(f"{prefix}bank")
         if saved is not None:
             self.bank = torch.empty_like(saved, device=self.bank.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class SamplePerturbations(PseudoSamples):

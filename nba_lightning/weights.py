@@ -112,7 +112,8 @@ def match_keys(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tenso
     ]
     if complaints:
         raise ValueError(
-            f"Expected `weights` to fit {type(model).__name__}, but got {len(state)} tensors with " + "; ".join(complaints)
+            f"Expected `weights` to fit {type(model).__name__}, but got {len(state)} tensors with "
+            + "; ".join(complaints)
         )
     return {name: found[name] for name in wanted}
 
@@ -122,7 +123,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict(match_keys(model, read_state_dict(path)))
 
 
-def save_weights(state: Mapping[str, Tensor], path: str | Path, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+def save_weights(
+    state: Mapping[str, Tensor], path: str | Path, dtypes: Mapping[str, torch.dtype] | None = None
+) -> None:
     """Write a state dict as `.safetensors`.
 
     Args:
@@ -131,7 +134,9 @@ def save_weights(state: Mapping[str, Tensor], path: str | Path, dtypes: Mapping[
         dtypes: the dtype to store each tensor in; ``None`` keeps all.
     """
     dtypes = dtypes or {}
-    tensors = {name: value.detach().to("cpu", dtypes.get(name, value.dtype)).clone().contiguous()
-               for name, value in state.items()}
+    tensors = {
+        name: value.detach().to("cpu", dtypes.get(name, value.dtype)).clone().contiguous()
+        for name, value in state.items()
+    }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)

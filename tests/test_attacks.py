@@ -72,7 +72,13 @@ def test_badnets_by_hand():
 
 @pytest.mark.parametrize(
     ("position", "corner"),
-    [("bottom-right", (2, 2)), ("bottom-left", (2, 0)), ("top-right", (0, 2)), ("top-left", (0, 0)), ("center", (1, 1))],
+    [
+        ("bottom-right", (2, 2)),
+        ("bottom-left", (2, 0)),
+        ("top-right", (0, 2)),
+        ("top-left", (0, 0)),
+        ("center", (1, 1)),
+    ],
 )
 def test_badnets_positions(position, corner):
     attack = BadNets(size=2, position=position, pattern="white")

@@ -1,5 +1,5 @@
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from nba_lightning.augmentation import RandomCropFlip
 from nba_lightning.randomness import generator_for

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nba_lightning import functional as F  # noqa: N812
+from nba_lightning import functional as F
 from tests.reference import knowledge_forms as reference
 
 
@@ -25,9 +25,7 @@ def test_forms_equal_the_equations(maps, name):
 
 def test_fsp_equals_the_equation_and_pools_the_finer_map(maps):
     other = torch.randn(5, 2, 4, 4)
-    np.testing.assert_allclose(
-        F.fsp_matrix(maps, other), reference.fsp_matrix(maps.numpy(), other.numpy()), atol=1e-6
-    )
+    np.testing.assert_allclose(F.fsp_matrix(maps, other), reference.fsp_matrix(maps.numpy(), other.numpy()), atol=1e-6)
     finer = other.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     torch.testing.assert_close(F.fsp_matrix(maps, finer), F.fsp_matrix(maps, other))
 
@@ -46,7 +44,9 @@ def test_divergences_equal_the_equations():
     p, q = torch.randn(6, 4), torch.randn(6, 4)
     np.testing.assert_allclose(F.kl_divergence(p, q), reference.kl_divergence(p.numpy(), q.numpy()), rtol=1e-4)
     middle = ((p.softmax(1) + q.softmax(1)) / 2).log()
-    expected = (reference.kl_divergence(p.numpy(), middle.numpy()) + reference.kl_divergence(q.numpy(), middle.numpy())) / 2
+    expected = (
+        reference.kl_divergence(p.numpy(), middle.numpy()) + reference.kl_divergence(q.numpy(), middle.numpy())
+    ) / 2
     np.testing.assert_allclose(F.js_divergence(p, q), expected, rtol=1e-4)
 
 
@@ -60,7 +60,12 @@ def test_js_divergence_is_bounded_and_has_a_gradient_where_both_are_certain():
 
 @pytest.mark.parametrize(
     ("figures", "der"),
-    [((0.9, 1.0, 0.9, 0.0), 1.0), ((0.9, 1.0, 0.9, 1.0), 0.5), ((0.9, 1.0, 0.4, 1.0), 0.25), ((0.9, 0.5, 0.95, 0.7), 0.5)],
+    [
+        ((0.9, 1.0, 0.9, 0.0), 1.0),
+        ((0.9, 1.0, 0.9, 1.0), 0.5),
+        ((0.9, 1.0, 0.4, 1.0), 0.25),
+        ((0.9, 0.5, 0.95, 0.7), 0.5),
+    ],
 )
 def test_der_at_closed_values(figures, der):
     assert F.defense_effectiveness_rating(*figures) == pytest.approx(der)

@@ -14,7 +14,9 @@ def net():
 
 
 def same(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    return all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "module.", "model.module.", "_orig_mod.encoder."])
@@ -47,10 +49,15 @@ def test_safetensors_round_trip_keeps_keys_and_dtypes(net, tmp_path):
 
 
 def test_weights_that_do_not_fit_list_the_first_keys(net, tmp_path):
-    save_file({"0.weight": torch.zeros(4, 1, 3, 3), "0.bias": torch.zeros(2), "head.weight": torch.zeros(1)},
-              tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"missing: 1.weight, 1.bias.*unexpected: head.weight.*wrong shape: 0.weight "
-                                         r"\(4, 1, 3, 3\) instead of \(2, 1, 3, 3\)"):
+    save_file(
+        {"0.weight": torch.zeros(4, 1, 3, 3), "0.bias": torch.zeros(2), "head.weight": torch.zeros(1)},
+        tmp_path / "w.safetensors",
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"missing: 1.weight, 1.bias.*unexpected: head.weight.*wrong shape: 0.weight "
+        r"\(4, 1, 3, 3\) instead of \(2, 1, 3, 3\)",
+    ):
         load_weights(net, tmp_path / "w.safetensors")
 
 

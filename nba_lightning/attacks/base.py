@@ -49,7 +49,7 @@ class Attack(nn.Module, ABC):
             self.image_shape = image_shape
             self.build(image_shape)
 
-    def build(self, image_shape: tuple[int, int, int]) -> None:  # noqa: B027
+    def build(self, image_shape: tuple[int, int, int]) -> None:
         """Build buffers for images of shape `(C, H, W)`. Nothing to do by default."""
 
     @abstractmethod
@@ -76,7 +76,9 @@ class Attack(nn.Module, ABC):
         if self.image_shape is None or tuple(images.shape[1:]) != self.image_shape:
             if self.image_shape is not None:
                 raise expected("images", f"of shape {('B', *self.image_shape)}", tuple(images.shape))
-            raise RuntimeError(f"Call {type(self).__name__}.prepare(image_shape, num_classes) before triggering images.")
+            raise RuntimeError(
+                f"Call {type(self).__name__}.prepare(image_shape, num_classes) before triggering images."
+            )
         return self.apply_trigger(images).clamp(0.0, 1.0)
 
     def relabel(self, labels: Tensor) -> Tensor:

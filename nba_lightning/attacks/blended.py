@@ -70,4 +70,5 @@ def _read_pattern(path: str, image_shape: tuple[int, int, int]) -> Tensor:
             pattern = pil_to_tensor(picture.convert("L" if channels == 1 else "RGB"))
     except UnidentifiedImageError as error:
         raise expected("pattern", "an image file that PIL can read", repr(path)) from error
-    return resize(pattern, [height, width], antialias=True).float() / 255
+    resized: Tensor = resize(pattern, [height, width], antialias=True)
+    return resized.float() / 255

@@ -34,7 +34,7 @@ class FiniteLoss(Callback):
         step = trainer.fit_loop.epoch_loop.total_batch_idx
         broken = ~torch.isfinite(loss.detach()) & (self._first < 0)
         self._first = torch.where(broken, step, self._first)
-        if (step + 1) % max(1, trainer.log_every_n_steps) == 0:
+        if (step + 1) % max(1, getattr(trainer, "log_every_n_steps", 50)) == 0:
             self._look(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -24,7 +24,10 @@ class PredictionWriter(BasePredictionWriter):
         self.path = path
 
     def write_on_epoch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, predictions: Sequence[Any],
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        predictions: Sequence[Any],
         batch_indices: Sequence[Any],
     ) -> None:
         """Write the file."""
@@ -41,5 +44,3 @@ class PredictionWriter(BasePredictionWriter):
                 rows = enumerate(zip(classes.tolist(), confidences.tolist(), strict=True))
                 writer.writerows((loader, index, label, f"{value:.6f}") for index, (label, value) in rows)
         rank_zero_info(f"Predictions: {path}")
-
-

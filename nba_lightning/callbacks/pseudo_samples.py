@@ -43,7 +43,7 @@ class PseudoSampleRegeneration(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Regenerate if it is time."""
-        assert isinstance(pl_module, UsesPseudoSamples)  # noqa: S101
+        assert isinstance(pl_module, UsesPseudoSamples)
         if not pl_module.enter_phase():
             return
         due = self.epochs == 0 or (self.every_n_epochs > 0 and self.epochs % self.every_n_epochs == 0)
@@ -63,5 +63,5 @@ class PseudoSampleRegeneration(Callback):
 def clean_batches(trainer: pl.Trainer) -> Iterator[Tensor]:
     """Endless training images, on the device and through the hooks of the DataModule."""
     while True:
-        for batch in trainer.train_dataloader:
+        for batch in trainer.train_dataloader or ():
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)[0]

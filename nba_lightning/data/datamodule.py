@@ -18,7 +18,7 @@ from nba_lightning.metrics import IGNORE_LABEL
 from nba_lightning.randomness import generator_for
 
 
-def _identity(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _identity(batch: Any) -> Any:
     return batch
 
 
@@ -106,8 +106,10 @@ class BackdoorDataModule(pl.LightningDataModule):
         indices = self._training_indices()
         if len(indices) < self.batch_size * self._world()[1]:
             raise expected(
-                "batch_size", f"at most the {len(indices)} training images over {self._world()[1]} processes "
-                f"(`clean_fraction` {self.clean_fraction:g})", self.batch_size
+                "batch_size",
+                f"at most the {len(indices)} training images over {self._world()[1]} processes "
+                f"(`clean_fraction` {self.clean_fraction:g})",
+                self.batch_size,
             )
         self._sets = train, test
 
@@ -198,5 +200,3 @@ class BackdoorDataModule(pl.LightningDataModule):
         if self.trainer is not None:
             epoch, step = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx
         return generator_for(self.seed, 3, self._world()[0], epoch, step, device=device)
-
-

@@ -96,7 +96,7 @@ class DiskImages(LabeledImages):
             picture = self.dataset[index][0]
         except OSError as error:
             raise ValueError(f"Expected every image to be readable, but got at index {index}: {error}.") from error
-        image = pil_to_tensor(picture)
+        image: Tensor = pil_to_tensor(picture)
         if self.size is not None and tuple(image.shape[1:]) != tuple(self.size):
             image = resize(image, list(self.size), antialias=True)
         if self.shape[0] >= 0 and tuple(image.shape) != self.shape:

@@ -52,19 +52,26 @@ def draw_partition(
     total, num_poisoned = len(labels), round(poison_rate * len(labels))
     candidates = eligible.nonzero().flatten()
     if num_poisoned > len(candidates):
-        raise expected("poison_rate", f"at most {len(candidates) / total:.4g} ({len(candidates)} of {total} images "
-                       "can be poisoned by this attack)", poison_rate)
+        raise expected(
+            "poison_rate",
+            f"at most {len(candidates) / total:.4g} ({len(candidates)} of {total} images "
+            "can be poisoned by this attack)",
+            poison_rate,
+        )
     poisoned = candidates[shuffled(len(candidates), seed, 0)][:num_poisoned].sort().values
     free = torch.ones(total, dtype=torch.bool)
     free[poisoned] = False
     clean, validation = [], []
-    for label in labels.unique().tolist():
+    for label in torch.unique(labels).tolist():
         members = (labels == label).nonzero().flatten()
         available = members[free[members]]
         quota = round(clean_fraction * len(members))
         if not 1 <= quota <= len(available):
-            raise expected("clean_fraction", f"such that class {label} gives between 1 and {len(available)} clean "
-                           "images", f"{clean_fraction}, which asks for {quota}")
+            raise expected(
+                "clean_fraction",
+                f"such that class {label} gives between 1 and {len(available)} clean images",
+                f"{clean_fraction}, which asks for {quota}",
+            )
         chosen = available[shuffled(len(available), seed, 1, label)][:quota]
         held_out = min(round(validation_fraction * quota), quota - 1)
         validation.append(chosen[:held_out])

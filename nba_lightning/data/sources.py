@@ -46,7 +46,7 @@ class Digits(Source):
         images = torch.from_numpy(data.images * (255.0 / 16.0)).round().to(torch.uint8).unsqueeze(1)
         labels = torch.from_numpy(data.target).long()
         is_test = torch.zeros(len(labels), dtype=torch.bool)
-        for label in labels.unique().tolist():
+        for label in torch.unique(labels).tolist():
             members = (labels == label).nonzero().flatten()
             is_test[members[shuffled(len(members), label)][: round(self.test_fraction * len(members))]] = True
         return MemoryImages(images[~is_test], labels[~is_test]), MemoryImages(images[is_test], labels[is_test])

@@ -1,11 +1,12 @@
 """Training a classifier, and what all defences share."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -76,13 +77,16 @@ class Classifier(pl.LightningModule):
 
         Those that came from a YAML are plain: Lightning's command line records their configuration.
         """
-        self.save_hyperparameters(logger=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"Attribute '\w+' is an instance of `nn.Module`")
+            self.save_hyperparameters(logger=False)
         for name in [name for name, value in self.hparams.items() if not _is_plain(value)]:
             del self.hparams[name]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` in [0, 1] to logits `(B, K)`."""
-        return self.model(images)
+        logits: Tensor = self.model(images)
+        return logits
 
     def setup(self, stage: str) -> None:
         """Check once, before any long work, that the network takes the data's images and knows their classes."""
@@ -119,19 +123,25 @@ class Classifier(pl.LightningModule):
         preds = self.model(images).argmax(dim=1)
         metrics = self.evaluation.get_submodule(f"{stage}_metrics")
         for name, metric in metrics.named_children():
-            assert isinstance(metric, Metric)  # noqa: S101
+            assert isinstance(metric, Metric)
             if (name == "acc") == bool(targets):
                 continue
             metric.update(preds, labels, *targets)
             self.log(
-                f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=True, add_dataloader_idx=False,
+                f"{stage}/{name}",
+                metric,
+                on_step=False,
+                on_epoch=True,
+                prog_bar=True,
+                add_dataloader_idx=False,
                 batch_size=len(labels),
             )
 
     def predict_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Class probabilities `(B, K)`."""
         images = batch if isinstance(batch, Tensor) else batch[0]
-        return self.model(images).softmax(dim=1)
+        probabilities: Tensor = self.model(images).softmax(dim=1)
+        return probabilities
 
     def configure_callbacks(self) -> list[Callback]:
         """Stop at a loss that is not finite."""
@@ -191,15 +201,21 @@ def check_fit(model: nn.Module, image_shape: tuple[int, ...], num_classes: int) 
     model.eval()
     try:
         logits = model(probe)
-    except RuntimeError as error:
-        raise expected("model", f"a network that takes images of shape {tuple(image_shape)}",
-                       f"{type(model).__name__}, which fails with: {error}") from error
+    except (RuntimeError, ValueError) as error:
+        raise expected(
+            "model",
+            f"a network that takes images of shape {tuple(image_shape)}",
+            f"{type(model).__name__}, which fails with: {error}",
+        ) from error
     finally:
         for module, mode in training.items():
             module.training = mode
     if tuple(logits.shape) != (2, num_classes):
-        raise expected("model", f"a network with one logit for each of the data's {num_classes} classes",
-                       f"{type(model).__name__} with output of shape {tuple(logits.shape[1:])}")
+        raise expected(
+            "model",
+            f"a network with one logit for each of the data's {num_classes} classes",
+            f"{type(model).__name__} with output of shape {tuple(logits.shape[1:])}",
+        )
 
 
 def _metrics() -> nn.ModuleDict:

@@ -1,12 +1,13 @@
 """Neural Behavioral Alignment."""
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -83,7 +84,8 @@ class NBA(Defense):
     ) -> None:
         super().__init__(model, weights, warmup=warmup, **kwargs)
         terms = {
-            "alignment": alignment, "pseudo_cross_entropy": pseudo_cross_entropy,
+            "alignment": alignment,
+            "pseudo_cross_entropy": pseudo_cross_entropy,
             "clean_cross_entropy": clean_cross_entropy,
         }
         for name, weight in terms.items():
@@ -128,7 +130,8 @@ class NBA(Defense):
         super().setup(stage)
         if stage != "fit":
             return
-        if self.trainer.fast_dev_run:
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # the teacher must be
+        if getattr(self.trainer, "fast_dev_run", False):
             self.teacher_epochs = 0
         epochs = self.trainer.max_epochs
         if self.teacher_epochs and epochs is not None and 0 <= epochs <= self.teacher_epochs:
@@ -153,7 +156,7 @@ class NBA(Defense):
         if not self.teacher_ready:
             exchange_weights(self.model, self.teacher)
             optimizer = self.optimizers(use_pl_optimizer=False)
-            assert isinstance(optimizer, torch.optim.Optimizer)  # noqa: S101
+            assert isinstance(optimizer, torch.optim.Optimizer)
             optimizer.state.clear()
             self.teacher_ready.fill_(True)
             rank_zero_info(f"The teacher is fine-tuned ({self.teacher_epochs} epochs); now the student is aligned.")
@@ -164,8 +167,11 @@ class NBA(Defense):
         generator = generator_for(self.seed, 4, self.trainer.current_epoch, device=self.device)
         with evaluating(self.model, self.teacher), self.trainer.precision_plugin.forward_context():
             self.pseudo.regenerate(
-                self.model, self.teacher, batches, generator,
-                lambda tensor: self.trainer.strategy.reduce(tensor, reduce_op="mean"),  # type: ignore[arg-type, return-value]
+                self.model,
+                self.teacher,
+                batches,
+                generator,
+                lambda tensor: self.trainer.strategy.reduce(tensor, reduce_op="mean"),
             )
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:

@@ -32,4 +32,6 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalise `(B, C, H, W)`."""
+        if images.shape[1] != self.mean.shape[1]:  # broadcasting would hide it
+            raise expected("images", f"of {self.mean.shape[1]} channels", f"shape {tuple(images.shape)}")
         return (images - self.mean) / self.std

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nba_lightning.checks import check_at_least, expected
@@ -25,10 +25,10 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Features `(B, C, H, W)` to features."""
         out = F.relu(self.bn1(x))
-        shortcut = x if self.shortcut is None else self.shortcut(out)
-        out = self.conv1(out)
-        out = self.conv2(F.relu(self.bn2(out)))
-        return out + shortcut
+        shortcut: Tensor = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv2(F.relu(self.bn2(self.conv1(out))))
+        out = shortcut + out
+        return out
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
@@ -85,7 +85,8 @@ class PreActResNet(nn.Module):
         for name in self.feature_layers:
             x = self.get_submodule(name)(x)
         x = F.relu(self.bn(x)).mean(dim=(2, 3))
-        return self.fc(x)
+        logits: Tensor = self.fc(x)
+        return logits
 
 
 class PreActResNet18(PreActResNet):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nba_lightning.checks import check_at_least
@@ -44,7 +44,8 @@ class SmallCNN(nn.Module):
         """Images `(B, C, H, W)` in [0, 1] to logits `(B, K)`."""
         x = F.max_pool2d(self.block1(self.normalize(images)), 2)
         x = F.max_pool2d(self.block2(x), 2)
-        return self.fc(self.block3(x).mean(dim=(2, 3)))
+        logits: Tensor = self.fc(self.block3(x).mean(dim=(2, 3)))
+        return logits
 
 
 def _block(in_channels: int, channels: int) -> nn.Sequential:

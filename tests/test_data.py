@@ -1,0 +1,235 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nba_lightning import BackdoorDataModule
+from nba_lightning.attacks import BadNets
+from nba_lightning.augmentation import RandomCropFlip
+from nba_lightning.data import Digits, ImageFolderSource, Torchvision
+from nba_lightning.data.dataset import Batches, DiskImages, MemoryImages
+from nba_lightning.data.partition import draw_partition
+from nba_lightning.data.sampler import SeededSampler
+
+
+@pytest.fixture
+def labels():
+    return torch.arange(10).repeat(200)
+
+
+def draw(labels, rate=0.1, clean=0.05, validation=0.1, seed=0, target=0):
+    return draw_partition(labels, labels != target, rate, clean, validation, seed)
+
+
+def test_partition_keeps_its_promises(labels):
+    part = draw(labels)
+    assert len(part.poisoned) == 200
+    assert (labels[part.poisoned] != 0).all()
+    assert labels[part.clean].bincount().tolist() == [9] * 10
+    assert labels[part.validation].bincount().tolist() == [1] * 10
+    for one, other in ((part.poisoned, part.clean), (part.poisoned, part.validation), (part.clean, part.validation)):
+        assert not torch.isin(one, other).any()
+    assert not torch.isin(part.training, part.validation).any()
+    assert len(part.training) == 1990
+
+
+def test_partition_depends_on_the_seed_alone(labels):
+    torch.manual_seed(1)
+    first = draw(labels)
+    torch.manual_seed(2)
+    assert all(torch.equal(getattr(first, n), getattr(draw(labels), n)) for n in ("poisoned", "clean", "validation"))
+    assert not torch.equal(first.poisoned, draw(labels, seed=1).poisoned)
+
+
+def test_partition_refuses_impossible_shares(labels):
+    with pytest.raises(ValueError, match=r"`poison_rate` to be at most 0.9 \(1800 of 2000 images"):
+        draw(labels, rate=0.95)
+    with pytest.raises(ValueError, match="class 0 gives between 1 and 200 clean images, but got 0.001"):
+        draw(labels, clean=0.001)
+    with pytest.raises(ValueError, match=r"`clean_fraction` to be in \(0, 1\], but got 1.5"):
+        draw(labels, clean=1.5)
+    with pytest.raises(ValueError, match="class 1 gives between 1 and 0 clean"):
+        draw(labels, rate=0.9)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_counts_every_sample_once(world_size):
+    data = Batches(MemoryImages(torch.zeros(10, 1, 2, 2).byte(), torch.arange(10)), torch.arange(10))
+    shares = [list(SeededSampler(data, False, 0, rank, world_size)) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    labels = torch.cat([data.__getitems__(share)[1] for share in shares])
+    assert sorted(labels[labels >= 0].tolist()) == list(range(10))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_training_order_is_shared_out_and_changes_with_the_epoch(world_size):
+    data = Batches(MemoryImages(torch.zeros(10, 1, 2, 2).byte(), torch.arange(10)), torch.arange(10))
+    orders = []
+    for epoch in range(2):
+        samplers = [SeededSampler(data, True, 0, rank, world_size) for rank in range(world_size)]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        shares = [list(sampler) for sampler in samplers]
+        flat = [index for share in shares for index in share]
+        assert len(set(flat)) == len(flat) == 10 - 10 % world_size
+        orders.append(shares)
+    assert orders[0] != orders[1]
+
+
+def test_digits_are_real_and_split_by_class():
+    train, test = Digits().load()
+    assert len(train) + len(test) == 1797
+    assert train.shape == (1, 8, 8)
+    assert test.labels.bincount().min() >= 34
+    assert int(train.images.max()) == 255
+
+
+class Attached:
+    """As much of a Trainer as the DataModule looks at."""
+
+    global_rank, world_size, current_epoch = 0, 1, 0
+
+    def __init__(self, training):
+        self.training = training
+        self.fit_loop = type("Loop", (), {"epoch_loop": type("Inner", (), {"batch_idx": 0})})
+
+
+def test_training_batches_are_poisoned_on_the_device():
+    data = BackdoorDataModule(attack=BadNets(pattern="white", target=4), batch_size=256)
+    data.setup("fit")
+    data.trainer = Attached(training=True)
+    raw = next(iter(data.train_dataloader()))
+    images, labels = data.on_after_batch_transfer(raw, 0)
+    poisoned = raw[2]
+    assert 10 < int(poisoned.sum()) < 50
+    assert (images[poisoned][:, :, -3:, -3:] == 1).all()
+    assert (labels[poisoned] == 4).all()
+    torch.testing.assert_close(images[~poisoned], raw[0][~poisoned].float() / 255)
+    assert torch.equal(labels[~poisoned], raw[1][~poisoned])
+
+
+def test_clean_training_sees_no_poison_and_augments_the_same_again():
+    data = BackdoorDataModule(attack=BadNets(), train_on="clean", batch_size=16, augment=RandomCropFlip(1))
+    data.setup("fit")
+    data.trainer = Attached(training=True)
+    raw = next(iter(data.train_dataloader()))
+    assert len(raw) == 2
+    first, second = (data.on_after_batch_transfer(raw, 0)[0] for _ in range(2))
+    torch.testing.assert_close(first, second)
+    assert not torch.equal(first, raw[0].float() / 255)
+
+
+def test_triggered_evaluation_leaves_the_target_out():
+    data = BackdoorDataModule(attack=BadNets(target=4), augment=RandomCropFlip(1))
+    data.setup("test")
+    data.trainer = Attached(training=False)
+    clean, triggered = data.test_dataloader()
+    images, labels, targets = data.on_after_batch_transfer(next(iter(triggered)), 1)
+    assert (labels != 4).all()
+    assert (targets == 4).all()
+    assert (images[:, 0, -1, -1] == 1).all()
+    plain, true = data.on_after_batch_transfer(next(iter(clean)), 0)
+    assert (true == 4).any()
+    assert not (plain[:, 0, -3:, -3:] == 1).all(dim=(1, 2)).any()
+
+
+def test_without_an_attack_there_is_one_evaluation_loader():
+    data = BackdoorDataModule(train_on="clean", batch_size=16)
+    data.setup("fit")
+    assert len(data.test_dataloader()) == 1
+    assert len(data.val_dataloader()) == 1
+    assert len(data.partition.poisoned) == 0
+
+
+def test_all_to_all_evaluates_every_class():
+    data = BackdoorDataModule(attack=BadNets(all_to_all=True))
+    data.setup("test")
+    (labels,) = (batch[1] for batch in data.test_dataloader()[1])
+    assert len(labels.unique()) == 10
+
+
+def test_bad_arguments_of_the_datamodule():
+    with pytest.raises(ValueError, match="`batch_size` to be at most the 6. training images"):
+        BackdoorDataModule(train_on="clean", batch_size=128).setup("fit")
+    with pytest.raises(ValueError, match="Expected `train_on` to be one of clean, poisoned, but got 'dirty'"):
+        BackdoorDataModule(train_on="dirty")
+    with pytest.raises(ValueError, match=r"`clean_fraction` to be in \(0, 1\], but got 0"):
+        BackdoorDataModule(clean_fraction=0)
+    with pytest.raises(RuntimeError, match="setup"):
+        BackdoorDataModule().train_dataloader()
+
+
+@pytest.mark.parametrize("limit", [0, 10])
+def test_image_folder_gives_the_pixels_from_memory_and_from_disk(image_folder, limit):
+    train, test = ImageFolderSource(str(image_folder), memory_limit_mib=limit).load()
+    assert isinstance(train, MemoryImages if limit else DiskImages)
+    expected = np.asarray(Image.open(image_folder / "train" / "dog" / "1.png")).transpose(2, 0, 1)
+    assert np.array_equal(train.read(torch.tensor([5]))[0], expected)
+    assert test.labels.tolist() == [0] * 4 + [1] * 4
+
+
+def test_workers_read_the_same_batches_as_memory(image_folder):
+    batches = []
+    for limit in (0, 10):
+        data = BackdoorDataModule(
+            ImageFolderSource(str(image_folder), memory_limit_mib=limit),
+            train_on="clean",
+            clean_fraction=1.0,
+            validation_fraction=0.0,
+            batch_size=4,
+            num_workers=1,
+        )
+        data.setup("fit")
+        batches.append(list(data.train_dataloader()))
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(*batches, strict=True))
+
+
+def test_image_folders_that_do_not_fit_are_named(image_folder):
+    with pytest.raises(ValueError, match="`root` to hold images as train/<class>"):
+        ImageFolderSource(str(image_folder / "nowhere")).load()
+    (image_folder / "test" / "cat").rename(image_folder / "test" / "cow")
+    with pytest.raises(ValueError, match="same classes in train and test.*only in one of them: cat, cow"):
+        ImageFolderSource(str(image_folder)).load()
+    for path in (image_folder / "test" / "cow").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="test"):
+        ImageFolderSource(str(image_folder)).load()
+
+
+def test_images_of_other_sizes_or_none_are_named(image_folder):
+    Image.new("RGB", (9, 9)).save(image_folder / "train" / "cat" / "1.png")
+    with pytest.raises(ValueError, match=r"index 1 has \(3, 9, 9\). Set `image_size`"):
+        ImageFolderSource(str(image_folder)).load()
+    train, _ = ImageFolderSource(str(image_folder), image_size=8).load()
+    assert train.shape == (3, 8, 8)
+    (image_folder / "train" / "cat" / "1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="every image to be readable"):
+        ImageFolderSource(str(image_folder), image_size=8).load()
+
+
+def test_torchvision_sets_by_class_path(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 6), ("t10k", 4)):
+        pixels = torch.arange(count * 784, dtype=torch.int64).remainder(251).byte().numpy().tobytes()
+        header = (0x803).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28))
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            (0x801).to_bytes(4, "big") + count.to_bytes(4, "big") + bytes(i % 2 for i in range(count))
+        )
+    train, test = Torchvision("torchvision.datasets.FashionMNIST", str(tmp_path)).load()
+    assert (train.shape, len(train), len(test)) == ((1, 28, 28), 6, 4)
+    assert train.read(torch.tensor([1]))[0, 0, 0, :2].tolist() == [784 % 251, 785 % 251]
+    small, _ = Torchvision("torchvision.datasets.FashionMNIST", str(tmp_path), image_size=14).load()
+    assert small.shape == (1, 14, 14)
+
+
+def test_torchvision_errors(tmp_path):
+    with pytest.raises(ValueError, match="Set `download: true`"):
+        Torchvision("torchvision.datasets.CIFAR10", str(tmp_path)).load()
+    with pytest.raises(ValueError, match="Expected `dataset` to be a class path such as"):
+        Torchvision("torchvision.datasets.Nothing")
+    with pytest.raises(ValueError, match="Expected `dataset` to be a class path such as"):
+        Torchvision("os.system")
+    with pytest.raises(ValueError, match="a set with a train and a test part"):
+        Torchvision("torchvision.datasets.FakeData")

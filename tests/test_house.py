@@ -1,0 +1,43 @@
+"""The order of the house: imports point up the list only, siblings never import each other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "nba_lightning"
+ORDER = [
+    ["checks", "functional", "randomness"],
+    ["features", "weights", "networks", "attacks", "behaviors", "pseudo", "augmentation", "metrics"],
+    ["data", "callbacks"],
+    ["modules"],
+    ["figures"],
+    ["demo"],
+    ["cli"],
+    ["__main__"],
+]
+LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("nba_lightning"):
+            yield node.module.split(".")[1:]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_point_up(path):
+    part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for target in imported(path):
+        if not target:
+            assert part in ("cli", "demo", "__main__")
+        elif target[0] == part:
+            assert part in ("data", "networks") or target[1] in ("base", "schedule"), f"{path.name} imports a sibling"
+        else:
+            assert LEVEL[target[0]] < LEVEL[part] or (LEVEL[target[0]] == LEVEL[part] == 1), f"{part} imports {target}"
+            assert not (part == "modules" and target[0] == "data")
+
+
+def test_every_file_keeps_one_role():
+    assert {path.name: n for path in FILES if (n := len(path.read_text().splitlines())) > 290} == {}

@@ -1,0 +1,314 @@
+import contextlib
+import copy
+import json
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nba_lightning import NBA, BackdoorDataModule, Classifier, Defense, FineTuning
+from nba_lightning.attacks import BadNets, Blended
+from nba_lightning.augmentation import RandomCropFlip
+from nba_lightning.behaviors import FSP
+from nba_lightning.callbacks import NonFiniteLossError, PseudoSampleRegeneration
+from nba_lightning.features import features
+from nba_lightning.functional import channel_gram
+from nba_lightning.modules.base import check_fit
+from nba_lightning.modules.nba import exchange_weights, frozen_statistics
+from nba_lightning.modules.schedule import cosine_factor
+from nba_lightning.networks import Normalize, SmallCNN
+from nba_lightning.pseudo import SamplePerturbations, UniversalPerturbations
+from nba_lightning.weights import save_weights
+
+DEFENSES = [cls for cls in Defense.__subclasses__() if cls.__module__.startswith("nba_lightning")]
+
+
+def build(defense, network, **kwargs):
+    if defense is NBA:
+        kwargs = {"teacher_epochs": 1, "pseudo": UniversalPerturbations(2, rms=0.2, steps=2)} | kwargs
+    return defense(network, **kwargs)
+
+
+def states_equal(first, second):
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_schedule_at_closed_values():
+    assert cosine_factor(0, [10]) == 1.0
+    assert cosine_factor(5, [10]) == pytest.approx(0.5)
+    assert cosine_factor(10, [10, 30]) == 1.0  # each phase starts anew
+    assert cosine_factor(30, [10, 30]) == 0.0
+    assert cosine_factor(1, [10], warmup=0.2) == pytest.approx(2 / 3)
+    assert cosine_factor(6, [10], warmup=0.2) == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_every_defense_changes_the_network_and_leaves_its_keys_and_dtypes(
+    defense, network, clean_digits, trainer, tmp_path
+):
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    module = build(defense, network)
+    trainer(max_epochs=2).fit(module, clean_digits)
+    cleaned = load_file(tmp_path / "cleaned.safetensors")
+    assert {name: value.dtype for name, value in cleaned.items()} == {n: v.dtype for n, v in before.items()}
+    assert not torch.equal(cleaned["fc.weight"], before["fc.weight"])
+    assert states_equal(cleaned, module.model.state_dict())
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_resumed_equals_uninterrupted(defense, stop, network, trainer, tmp_path):
+    def run(epochs, folder, ckpt_path=None, total=4):
+        data = BackdoorDataModule(attack=BadNets(), train_on="clean", batch_size=16, augment=RandomCropFlip(1))
+        module = (
+            build(defense, copy.deepcopy(network), teacher_epochs=2)
+            if defense is NBA
+            else build(defense, copy.deepcopy(network))
+        )
+        saver = ModelCheckpoint(tmp_path / folder, save_last=True, every_n_epochs=1)
+
+        class Stop(pl.Callback):
+            def on_train_epoch_start(self, trainer, pl_module):
+                if trainer.current_epoch == epochs:
+                    raise KeyboardInterrupt
+
+        runner = trainer(max_epochs=total, enable_checkpointing=True, callbacks=[saver, Stop()])
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            runner.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+        return module
+
+    whole = run(99, "whole")
+    run(stop, "part")
+    resumed = run(99, "part", ckpt_path=tmp_path / "part" / "last.ckpt")
+    assert states_equal(whole.state_dict(), resumed.state_dict())
+
+
+@pytest.mark.parametrize("defense", [Classifier, *DEFENSES])
+def test_checkpoints_hold_no_code_and_load_again(defense, network, clean_digits, trainer, tmp_path):
+    module = build(defense, copy.deepcopy(network))
+    runner = trainer(max_epochs=2, enable_checkpointing=True)
+    runner.fit(module, clean_digits)
+    runner.save_checkpoint(tmp_path / "m.ckpt")
+    content = torch.load(tmp_path / "m.ckpt", weights_only=True)
+    json.dumps(dict(content["hyper_parameters"]))
+    again = defense.load_from_checkpoint(tmp_path / "m.ckpt", model=network, weights_only=True)
+    assert again.lr == module.lr
+    assert states_equal(module.model.state_dict(), again.model.state_dict())
+
+
+def test_a_backdoor_is_implanted_and_the_figures_are_right(trainer):
+    data = BackdoorDataModule(attack=Blended(alpha=0.4), batch_size=64)
+    module = Classifier(SmallCNN(width=8, in_channels=1))
+    trainer(max_epochs=8).fit(module, data)
+    clean, triggered = trainer().test(module, data, verbose=False)
+    assert clean["test/acc"] > 0.9
+    assert triggered["test/asr"] > 0.9
+    module.eval()
+    images, labels, targets = data.on_after_batch_transfer(next(iter(data.test_dataloader()[1])), 1)
+    answers = module(images).argmax(1)
+    assert triggered["test/asr"] == pytest.approx(float((answers == targets).float().mean()))
+    assert triggered["test/ra"] == pytest.approx(float((answers == labels).float().mean()))
+
+
+class Counting(nn.Module):
+    """A network that counts its forward passes."""
+
+    feature_layers = ("net.block1", "net.block2")
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.calls = net, 0
+
+    def forward(self, images):
+        self.calls += 1
+        return self.net(images)
+
+
+@pytest.mark.parametrize(
+    ("terms", "student", "teacher"),
+    [
+        ({}, 2, 1),
+        ({"alignment": 0.0}, 2, 0),
+        ({"pseudo_cross_entropy": 0.0}, 2, 1),
+        ({"clean_cross_entropy": 0.0}, 1, 1),
+        ({"alignment": 0.0, "pseudo_cross_entropy": 0.0}, 1, 0),
+        ({"alignment": 0.0, "clean_cross_entropy": 0.0}, 1, 0),
+    ],
+)
+def test_a_term_that_is_off_costs_no_pass(terms, student, teacher, network, clean_digits, trainer):
+    module = NBA(
+        Counting(network), teacher=Counting(copy.deepcopy(network)), pseudo=UniversalPerturbations(steps=0), **terms
+    )
+    module.pseudo.bank = torch.zeros(1, 1, 8, 8)
+    clean_digits.setup("fit")
+    steps = len(clean_digits.train_dataloader())
+    module.setup = lambda stage: None
+    trainer().fit(module, clean_digits)
+    assert module.model.calls == student * steps
+    assert module.teacher.calls == teacher * steps
+    needs = module.uses_pseudo_samples
+    assert any(isinstance(c, PseudoSampleRegeneration) for c in module.configure_callbacks()) is needs
+
+
+def test_the_loss_is_the_equation(network, trainer, clean_digits):
+    teacher = SmallCNN(width=4, in_channels=1)
+    module = NBA(network, teacher=teacher, alignment=3.0, pseudo_cross_entropy=2.0, clean_cross_entropy=0.5)
+    module.pseudo.bank = 0.1 * torch.randn(1, 1, 8, 8)
+    module.trainer = trainer()
+    module.log = lambda *args, **kwargs: None
+    module.eval()
+    images, labels = torch.rand(6, 1, 8, 8), torch.randint(0, 10, (6,))
+    loss = module.training_step((images, labels), 1)
+    pseudo = (images + module.pseudo.bank).clamp(0, 1)
+    names = ["block1", "block2", "block3"]
+    logits, observed = features(network, pseudo, names)
+    wanted = features(teacher, images, names)[1]
+    distance = sum((channel_gram(observed[n]) - channel_gram(wanted[n])).pow(2).sum() for n in names) / (3 * 6)
+    cross_entropy = nn.functional.cross_entropy
+    expected = 0.5 * cross_entropy(network(images), labels) + 2 * cross_entropy(logits, labels) + 3 * distance
+    torch.testing.assert_close(loss, expected)
+
+
+def test_the_teacher_is_what_fine_tuning_gives_and_the_student_starts_from_the_suspicious_weights(
+    network, clean_digits, trainer
+):
+    suspicious = copy.deepcopy(network)
+    tuned = FineTuning(copy.deepcopy(network))
+    trainer(max_epochs=2).fit(tuned, clean_digits)
+    module = NBA(network, teacher_epochs=2)
+    starts = []
+
+    class Look(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                pl_module.enter_phase()
+                starts.append({name: value.clone() for name, value in pl_module.model.state_dict().items()})
+
+    trainer(max_epochs=3, callbacks=[Look()]).fit(module, clean_digits)
+    assert states_equal(starts[0], suspicious.state_dict())
+    assert states_equal(tuned.model.state_dict(), module.teacher.state_dict())
+    assert not module.teacher.training
+    assert not any(parameter.requires_grad for parameter in module.teacher.parameters())
+
+
+def test_pseudo_samples_leave_batchnorm_statistics_alone(network):
+    network.train()
+    before = copy.deepcopy(network.state_dict())
+    with frozen_statistics(network):
+        network(torch.rand(4, 1, 8, 8))
+    assert states_equal(before, network.state_dict())
+    network(torch.rand(4, 1, 8, 8))
+    assert not states_equal(before, network.state_dict())
+
+
+def test_exchange_weights():
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    first, second = copy.deepcopy(one.state_dict()), copy.deepcopy(two.state_dict())
+    exchange_weights(one, two)
+    assert states_equal(first, two.state_dict())
+    assert states_equal(second, one.state_dict())
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"behavior": FSP()},
+        {"pseudo": SamplePerturbations(steps=2)},
+        {"jitter": RandomCropFlip(1)},
+        {"layers": ["fc"]},
+        {"optimizer": torch.optim.AdamW},
+    ],
+)
+def test_variants_train(kwargs, network, clean_digits, trainer):
+    module = build(NBA, network, **kwargs)
+    before = network.fc.weight.clone()
+    trainer(max_epochs=2).fit(module, clean_digits)
+    assert torch.isfinite(module.model.fc.weight).all()
+    assert not torch.equal(before, module.model.fc.weight)
+
+
+def test_any_loader_of_images_and_labels_will_do(trainer):
+    loader = DataLoader(TensorDataset(torch.rand(32, 3, 16, 16), torch.randint(0, 4, (32,))), 16)
+    theirs = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+    module = NBA(theirs, layers=["2"], teacher_epochs=1)
+    trainer(max_epochs=2).fit(module, loader)
+    assert module.pseudo.bank.shape == (1, 3, 16, 16)
+
+
+def test_bad_arguments_of_nba(network):
+    with pytest.raises(ValueError, match="Expected `alignment` to be at least 0, but got -1"):
+        NBA(network, alignment=-1)
+    with pytest.raises(ValueError, match="Expected `alignment` to be positive where both cross-entropies are 0"):
+        NBA(network, alignment=0, pseudo_cross_entropy=0, clean_cross_entropy=0)
+    with pytest.raises(ValueError, match="Expected `layers` to be at least 2 for FSP"):
+        NBA(network, behavior=FSP(), layers=["block1"])
+    with pytest.raises(ValueError, match="got blok. Available"):
+        NBA(network, layers=["blok"])
+    with pytest.raises(ValueError, match="Expected `teacher_epochs` to be at least 1 where no teacher is given"):
+        NBA(network, teacher_epochs=0)
+    with pytest.raises(ValueError, match=r"Expected `lr` to be in \(0, inf\], but got 0"):
+        NBA(network, lr=0)
+
+
+def test_too_few_epochs_are_named_before_any_work(network, clean_digits, trainer):
+    with pytest.raises(ValueError, match="Expected `max_epochs` to be above the 10 `teacher_epochs`, but got 10"):
+        trainer(max_epochs=10).fit(NBA(network), clean_digits)
+
+
+def test_networks_that_do_not_fit_the_data_are_named(clean_digits, trainer):
+    with pytest.raises(ValueError, match=r"Expected `model` to be a network that takes images of shape \(1, 8, 8\)"):
+        trainer().fit(Classifier(SmallCNN(in_channels=3)), clean_digits)
+    with pytest.raises(ValueError, match="one logit for each of the data's 10 classes"):
+        trainer().fit(Classifier(SmallCNN(in_channels=1, num_classes=7)), clean_digits)
+    network = SmallCNN().train()
+    check_fit(network, (3, 32, 32), 10)
+    assert network.training
+    assert network.block1[1].num_batches_tracked == 0
+
+
+def test_images_outside_the_unit_range_are_named(network, trainer):
+    loader = DataLoader(TensorDataset(2 * torch.rand(8, 1, 8, 8), torch.zeros(8).long()), 8)
+    with pytest.raises(
+        ValueError, match=r"Expected `images` to hold values in \[0, 1\], but got values from 0.* to 1.9"
+    ):
+        trainer().fit(Classifier(network), loader)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(network, clean_digits, trainer, tmp_path):
+    class Poison(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == 1 and batch_idx == 2:
+                pl_module.model.fc.weight.data.fill_(float("nan"))
+
+    saver = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1, save_top_k=-1)
+    runner = trainer(max_epochs=3, enable_checkpointing=True, callbacks=[saver, Poison()])
+    with pytest.raises(
+        NonFiniteLossError, match=rf"from step 5 on. The last good checkpoint is '{tmp_path}/last.ckpt'"
+    ):
+        runner.fit(Classifier(network), clean_digits)
+    for path in tmp_path.glob("*.ckpt"):
+        weights = torch.load(path, weights_only=True)["state_dict"]
+        assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_suspicious_weights_come_in_by_one_argument(network, tmp_path):
+    save_weights({f"module.{k}": v for k, v in network.state_dict().items()}, tmp_path / "w.safetensors")
+    module = NBA(SmallCNN(width=4, in_channels=1), weights=str(tmp_path / "w.safetensors"))
+    assert states_equal(network.state_dict(), module.model.state_dict())
+    assert states_equal(network.state_dict(), module.teacher.state_dict())
+
+
+def test_normalize_by_hand():
+    layer = Normalize([0.1, 0.2, 0.3], [0.5, 1.0, 2.0])
+    torch.testing.assert_close(layer(torch.ones(1, 3, 1, 1)).flatten(), torch.tensor([1.8, 0.8, 0.35]))
+    with pytest.raises(ValueError, match="Expected `mean` to be one value or 3 values"):
+        Normalize([0.1, 0.2])
+    with pytest.raises(ValueError, match="Expected `std` to be positive"):
+        Normalize(std=0.0)
