@@ -124,7 +124,7 @@ class BackdoorDataModule(pl.LightningDataModule):
         workers = 0 if batches.source.in_memory else self.num_workers
         return DataLoader(
             batches,
-            batch_size,
+            batch_size=batch_size,
             sampler=SeededSampler(batches, shuffle, self.seed, rank, world_size),
             collate_fn=_identity,
             drop_last=shuffle,

@@ -24,11 +24,10 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features `(B, C, H, W)` to features."""
-        out = F.relu(self.bn1(x))
-        shortcut: Tensor = x if self.shortcut is None else self.shortcut(out)
+        out: Tensor = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
         out = self.conv2(F.relu(self.bn2(self.conv1(out))))
-        out = shortcut + out
-        return out
+        return out + shortcut
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
