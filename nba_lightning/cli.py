@@ -11,7 +11,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from nba_lightning import __version__
 from nba_lightning.callbacks import NonFiniteLossError, PredictionWriter
-from nba_lightning.modules import Classifier
 
 DESCRIPTION = """Implant backdoors into image classifiers and remove them.
 `nba-lightning demo` does both to a small network, in about a minute."""
@@ -48,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _lightning(arguments: list[str] | None) -> None:
     NBALightningCLI(
-        Classifier,
+        pl.LightningModule,
         pl.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,

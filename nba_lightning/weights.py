@@ -52,6 +52,28 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_attack_state(path: str | Path) -> dict[str, Tensor]:
+    """Read an attack's state from a Lightning checkpoint of its training, or from a state dict of its own.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is corrupt, would need unpickling code, or holds no attack.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected `state` to be an existing file, but got {str(path)!r}.")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    parts = [part for part in content.values() if isinstance(part, Mapping) and isinstance(part.get("attack"), Mapping)]
+    found = parts[0]["attack"] if parts else content
+    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    if not tensors or "_extra_state" not in tensors:
+        raise ValueError(
+            f"Expected {str(path)!r} to hold an attack, as checkpoints of a training on poisoned images do; "
+            f"its keys are {first_few(map(str, content))}."
+        )
+    return tensors
+
+
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
     try:
         return load_file(path)

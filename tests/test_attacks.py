@@ -1,23 +1,51 @@
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import nba_lightning.attacks as attacks
-from nba_lightning.attacks import Attack, BadNets, Blended
+from nba_lightning.attacks import (
+    BPP,
+    LC,
+    LF,
+    SIG,
+    SSBA,
+    BadNets,
+    Blended,
+    FTrojan,
+    InputAware,
+    Refool,
+    TrojanNN,
+    WaNet,
+)
+from nba_lightning.attacks.base import CLEAN, CROSS, POISONED
+from nba_lightning.attacks.bpp import floyd_steinberg
+from nba_lightning.attacks.ftrojan import dct_matrix
+from nba_lightning.features import features
+from nba_lightning.networks import SmallCNN
+from nba_lightning.weights import save_weights
+from tests.attack_zoo import ATTACKS, TinySet, arguments, build
+from tests.reference import triggers
 
-ATTACKS = [cls for cls in Attack.__subclasses__() if cls.__module__.startswith("nba_lightning")]
 SHAPES = [(1, 8, 8), (3, 32, 32), (4, 12, 20)]
+
+
+def kwargs_for(attack_class, shape):
+    return {"block": 4} if attack_class is FTrojan and shape[1] != shape[2] else {}
 
 
 def test_all_attacks_are_exported():
     assert {attack.__name__ for attack in ATTACKS} <= set(attacks.__all__)
+    assert len(ATTACKS) == 12
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("attack_class", ATTACKS)
+@torch.no_grad()
 def test_contract(attack_class, shape):
-    attack = attack_class(target=3)
-    attack.prepare(shape, 10)
+    kwargs = kwargs_for(attack_class, shape)
+    attack = build(attack_class, shape, target=3, **kwargs)
     images = torch.rand(6, *shape)
     before = images.clone()
     triggered = attack(images)
@@ -27,10 +55,44 @@ def test_contract(attack_class, shape):
     assert not torch.equal(triggered, images)
     torch.testing.assert_close(images, before)  # the input is left alone
     torch.testing.assert_close(attack(images)[2:3], attack(images[2:3]))  # no image depends on its neighbours
-    again = attack_class(target=3)
-    again.prepare(shape, 10)
-    torch.testing.assert_close(again(images), triggered)
+    torch.testing.assert_close(build(attack_class, shape, target=3, **kwargs)(images), triggered)
     assert attack(images.half()).dtype == torch.float16
+
+
+@pytest.mark.parametrize("attack_class", ATTACKS)
+@torch.no_grad()
+def test_the_state_brings_back_the_exact_trigger(attack_class, tmp_path):
+    attack, images = build(attack_class, (3, 16, 16)), torch.rand(4, 3, 16, 16)
+    save_weights(attack.state_dict(), tmp_path / "attack.safetensors")
+    torch.manual_seed(99)
+    extra = arguments(attack_class, 3)
+    extra.pop("surrogate", None)  # what was computed with it is in the state
+    again = attack_class(**extra, state=str(tmp_path / "attack.safetensors"))
+    again.prepare((3, 16, 16), 10)
+    again.compute(TinySet((3, 16, 16)), torch.tensor([3, 13, 23]), torch.device("cpu"))
+    assert torch.equal(again(images), attack(images))
+    if len(attack.state_dict()) > 1:
+        save_weights({"_extra_state": torch.tensor(True)}, tmp_path / "empty.safetensors")
+        with pytest.raises(ValueError, match="Expected `state` to be of a"):
+            attack_class(**extra, state=str(tmp_path / "empty.safetensors")).prepare((3, 16, 16), 10)
+
+
+@pytest.mark.parametrize("attack_class", ATTACKS)
+@torch.no_grad()
+def test_poisoning_a_batch_touches_whom_it_should(attack_class):
+    attack = build(attack_class, target=3)
+    images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 5])
+    roles = torch.tensor([CLEAN, POISONED, CROSS, CLEAN, POISONED, CROSS], dtype=torch.uint8)
+    changed, targets = attack.poison(images, labels, roles, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(changed[roles == CLEAN], images[roles == CLEAN])
+    torch.testing.assert_close(changed[roles == POISONED], attack(images)[roles == POISONED])
+    assert targets.tolist() == [0, 3, 2, 3, 3, 5]
+    if attack.cross_ratio:
+        cross = roles == CROSS
+        assert not torch.allclose(changed[cross], images[cross])
+        assert not torch.allclose(changed[cross], attack(images)[cross])
+        assert changed.min() >= 0
+        assert changed.max() <= 1
 
 
 @pytest.mark.parametrize("attack_class", ATTACKS)
@@ -39,7 +101,12 @@ def test_relabelling(attack_class):
     attack = attack_class(target=2)
     attack.prepare((1, 8, 8), 5)
     assert attack.relabel(labels).tolist() == [2] * 5
-    assert attack.eligible(labels).tolist() == [True, True, False, True, True]
+    eligible = [True, True, False, True, True]
+    assert attack.eligible(labels).tolist() == ([not e for e in eligible] if attack.clean_label else eligible)
+    if not attack_class.allows_all_to_all:
+        with pytest.raises(ValueError, match="Expected `all_to_all` to be false"):
+            attack_class(all_to_all=True)
+        return
     all_to_all = attack_class(all_to_all=True)
     all_to_all.prepare((1, 8, 8), 5)
     assert all_to_all.relabel(labels).tolist() == [1, 2, 3, 4, 0]
@@ -54,8 +121,9 @@ def test_bad_arguments_are_named(attack_class):
         attack_class(target=10).prepare((1, 8, 8), 10)
     with pytest.raises(RuntimeError, match="prepare"):
         attack_class()(torch.rand(1, 1, 8, 8))
-    attack = attack_class()
-    attack.prepare((1, 8, 8), 10)
+    with pytest.raises(FileNotFoundError, match="Expected `state` to be an existing file, but got 'no.ckpt'"):
+        attack_class(state="no.ckpt")
+    attack = build(attack_class)
     with pytest.raises(ValueError, match="Expected `images` to be of shape"):
         attack(torch.rand(1, 3, 8, 8))
     with pytest.raises(ValueError, match="floating-point"):
@@ -118,3 +186,192 @@ def test_blended_reads_a_picture(tmp_path):
         Blended(pattern="missing.png")
     with pytest.raises(ValueError, match=r"Expected `alpha` to be in \(0, 1\], but got 0"):
         Blended(alpha=0.0)
+
+
+def test_sig_by_hand():
+    attack = SIG(delta=0.25, frequency=1)
+    attack.prepare((1, 4, 4), 2)
+    row = [0.5, 0.75, 0.5, 0.25]  # a quarter of a period from one column to the next
+    torch.testing.assert_close(attack(torch.full((1, 1, 4, 4), 0.5))[0, 0], torch.tensor([row] * 4))
+
+
+def test_ftrojan_equals_the_transform_there_and_back():
+    attack = FTrojan(block=16, positions=[(7, 7), (15, 15), (2, 5)])
+    attack.prepare((3, 32, 32), 10)
+    images = torch.rand(2, 3, 32, 32) * 0.6 + 0.2
+    wanted = [triggers.ftrojan(i, 30 / 255, 16, [(7, 7), (15, 15), (2, 5)]) for i in images.numpy()]
+    # The published constants of the colour transform invert each other to about 1/1000 of a step.
+    np.testing.assert_allclose(attack(images).numpy(), np.stack(wanted), atol=2e-3)
+    torch.testing.assert_close(dct_matrix(8) @ dct_matrix(8).T, torch.eye(8, dtype=torch.float64))
+
+
+def test_ftrojan_defaults_are_the_published_positions():
+    by_default, named = FTrojan(), FTrojan(block=32, positions=[(15, 15), (31, 31)])
+    for attack in (by_default, named):
+        attack.prepare((3, 32, 32), 10)
+    torch.testing.assert_close(by_default.pattern, named.pattern)
+    assert by_default.pattern.abs().max() > 0.005
+
+
+def test_ftrojan_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="Expected `block` to be a divisor of the image's sides 12 and 20, but got 12"):
+        FTrojan().prepare((3, 12, 20), 10)
+    with pytest.raises(ValueError, match=r"Expected `positions` to be inside a block of 8x8, but got \(15, 15\)"):
+        FTrojan(positions=[(15, 15)]).prepare((1, 8, 8), 10)
+
+
+def test_bpp_rounds_and_dithers_as_pixel_by_pixel():
+    images = torch.rand(3, 2, 7, 5, dtype=torch.float64).float()
+    attack = BPP(levels=4)
+    attack.prepare((2, 7, 5), 10)
+    np.testing.assert_allclose(attack(images).numpy(), np.round(images.numpy() * 3) / 3, atol=1e-6)
+    wanted = np.stack([triggers.floyd_steinberg(image, 4) for image in images.numpy()])
+    np.testing.assert_allclose(floyd_steinberg(images, 4).numpy(), wanted, atol=1e-5)
+    dithering = BPP(levels=4, dithering=True)
+    dithering.prepare((2, 7, 5), 10)
+    np.testing.assert_allclose(dithering(images).numpy(), wanted.clip(0, 1), atol=1e-5)
+
+
+def test_bpp_negatives_carry_another_image_s_rounding_error():
+    attack = BPP(levels=4)
+    attack.prepare((1, 4, 4), 10)
+    images = torch.rand(5, 1, 4, 4)
+    added = attack.apply_cross(images, torch.Generator().manual_seed(0)) - images
+    errors = attack(images) - images
+    for index, one in enumerate(added):
+        same = [(one - error).abs().max() < 1e-5 for error in errors]
+        assert sum(same) == 1
+        assert not same[index]
+
+
+def test_wanet_samples_where_its_grid_says():
+    attack = WaNet(strength=2.0)
+    attack.prepare((2, 12, 20), 10)
+    images = torch.rand(2, 2, 12, 20)
+    wanted = np.stack([triggers.warp(image, attack.field[0].numpy()) for image in images.numpy()])
+    np.testing.assert_allclose(attack(images).numpy(), wanted, atol=1e-5)
+    still = WaNet(strength=1e-9)
+    still.prepare((2, 12, 20), 10)
+    torch.testing.assert_close(still(images), images, atol=1e-4, rtol=0)
+
+
+def test_lf_has_no_high_frequencies_and_its_amplitude():
+    attack = LF(amplitude=0.05, cutoff=1.5)
+    attack.prepare((3, 32, 32), 10)
+    pattern = attack.pattern.numpy()
+    assert np.sqrt((pattern**2).mean()) == pytest.approx(0.05, rel=1e-4)
+    spectrum = np.abs(np.fft.fft2(pattern))
+    frequency = np.abs(np.fft.fftfreq(32) * 32)
+    assert spectrum[:, frequency > 8][:, :, frequency > 8].max() < 1e-5 * spectrum.max()
+    noise = torch.randn(3, 32, 32)
+    smooth = np.stack([triggers.gaussian_low_pass(plane, 1.5) for plane in noise.numpy()])
+    wanted = smooth * 0.05 / np.sqrt((smooth**2).mean())
+    np.testing.assert_allclose(attack._smooth(noise).numpy(), wanted, atol=1e-6)
+
+
+def test_lf_optimises_against_a_surrogate():
+    torch.manual_seed(0)
+    surrogate, data = SmallCNN(width=4), TinySet((3, 16, 16))
+    losses = []
+    for steps in (1, 40):
+        attack = LF(surrogate, amplitude=0.2, steps=steps)
+        attack.prepare((3, 16, 16), 10)
+        attack.compute(data, torch.tensor([1]), torch.device("cpu"))
+        with torch.no_grad():
+            logits = surrogate(attack(data.images.float() / 255))
+        losses.append(F.cross_entropy(logits, torch.zeros(60, dtype=torch.long)).item())
+        assert attack.pattern.square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-4)
+    assert losses[1] < losses[0] - 0.05
+
+
+def test_lc_corners_by_hand():
+    attack = build(LC, (1, 8, 8))
+    grey = attack(torch.full((1, 1, 8, 8), 0.5))[0, 0]
+    assert grey[:3, :3].tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
+    assert grey[-3:, -3:].tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 1]]
+    assert (grey[3:5] == 0.5).all()
+    faint = build(LC, (1, 8, 8), amplitude=0.25)
+    assert faint(torch.full((1, 1, 8, 8), 0.5))[0, 0, 0, :3].tolist() == [0.75, 0.25, 0.25]
+
+
+def test_lc_bases_are_close_and_hard_to_recognise():
+    torch.manual_seed(0)
+    surrogate, data, poisoned = SmallCNN(width=4), TinySet((3, 16, 16)), torch.tensor([3, 13, 23])
+    attack = LC(surrogate, epsilon=32 / 255, steps=20)
+    attack.prepare((3, 16, 16), 10)
+    assert attack.bases() is None
+    attack.compute(data, poisoned, torch.device("cpu"))
+    moved, before = attack.bases(), data.images[poisoned]
+    assert moved.dtype == torch.uint8
+    assert 28 <= (moved.int() - before.int()).abs().max() <= 32
+    with torch.no_grad():
+        losses = [F.cross_entropy(surrogate(x.float() / 255), data.labels[poisoned]) for x in (before, moved)]
+    assert losses[1] > losses[0] + 0.05
+    assert all(parameter.grad is None for parameter in surrogate.parameters())
+
+
+def test_trojannn_drives_the_chosen_neurons():
+    torch.manual_seed(0)
+    surrogate, data = SmallCNN(width=4), TinySet((3, 16, 16))
+    values = []
+    for steps in (1, 60):
+        attack = TrojanNN(surrogate, neurons=[2], activation=50.0, size=12, steps=steps)
+        attack.prepare((3, 16, 16), 10)
+        attack.compute(data, torch.tensor([1]), torch.device("cpu"))
+        _, observed = features(surrogate, attack.pattern[None], [attack.layer])
+        values.append(observed[attack.layer][0, 2].mean().item())
+        assert (attack.pattern[:, :4] == 0).all()
+    assert values[1] > 1.2 * values[0]
+    chosen = TrojanNN(surrogate, steps=1)
+    chosen.prepare((3, 16, 16), 10)
+    assert chosen.mask.sum() == 16  # 7 % of 16x16 pixels is a patch of 4
+    chosen.compute(data, torch.tensor([1]), torch.device("cpu"))  # selects by the last linear layer's weights
+
+
+@pytest.mark.parametrize("attack_class", [LC, TrojanNN])
+def test_a_missing_or_wrong_surrogate_is_named(attack_class):
+    attack = attack_class()
+    attack.prepare((1, 8, 8), 10)
+    with pytest.raises(ValueError, match="Expected `surrogate` to be a trained network.*configs/attack/none.yaml"):
+        attack.compute(TinySet((1, 8, 8)), torch.tensor([1]), torch.device("cpu"))
+    with pytest.raises(ValueError, match="Expected `surrogate` to be a network with one logit for each"):
+        attack_class(SmallCNN(num_classes=3, in_channels=1)).prepare((1, 8, 8), 10)
+    with pytest.raises(ValueError, match="Expected `surrogate` to be a network that takes images of shape"):
+        attack_class(SmallCNN(in_channels=3)).prepare((1, 8, 8), 10)
+    with pytest.raises(ValueError, match="`surrogate` to be a network where `surrogate_weights` is given"):
+        attack_class(surrogate_weights="w.pt")
+
+
+def test_refool_adds_light_of_another_image():
+    data, poisoned = TinySet((3, 16, 16)), torch.tensor([3, 13, 23])
+    attack = Refool(reflections=7, alpha=0.4)
+    attack.prepare((3, 16, 16), 10)
+    attack.compute(data, poisoned, torch.device("cpu"))
+    images = torch.rand(5, 3, 16, 16)
+    for image, triggered in zip(images.numpy(), attack(images).numpy(), strict=True):
+        chosen = int(np.round(image * 255).sum()) % 7
+        light = 0.4 * image.astype(np.float64) ** 2.2 + attack.layers[chosen].numpy()
+        np.testing.assert_allclose(triggered, np.clip(light ** (1 / 2.2), 0, 1), atol=1e-4)
+    assert len({float(layer.sum()) for layer in attack.layers}) > 3
+    with pytest.raises(ValueError, match="Expected `all_to_all` to be false where `clean_label` is set"):
+        Refool(all_to_all=True, clean_label=True)
+
+
+def test_input_aware_mixes_by_its_mask():
+    attack = build(InputAware, (3, 16, 16))
+    images, others = torch.rand(3, 3, 16, 16), torch.rand(3, 3, 16, 16)
+    with torch.no_grad():
+        pattern, mask = attack.pattern(others), attack.mask(others)
+        torch.testing.assert_close(attack.mix(images, others), images * (1 - mask) + pattern * mask)
+    assert mask.shape == (3, 1, 16, 16)
+    with pytest.raises(ValueError, match="fit nba_lightning.modules.InputAwareTraining"):
+        InputAware().compute(None, None, None)
+
+
+def test_ssba_hides_the_string_s_own_bits():
+    attack = build(SSBA, secret="A\x01")
+    assert attack.bits.tolist() == [0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1]
+    with pytest.raises(ValueError, match="Expected `secret` to be at least one character"):
+        SSBA(secret="")
+    with pytest.raises(ValueError, match="fit nba_lightning.modules.Steganography"):
+        SSBA().compute(None, None, None)

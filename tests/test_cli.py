@@ -44,11 +44,37 @@ def run_fast(tmp_path, *arguments):
     main(["fit", *arguments, *quick(tmp_path), "--trainer.fast_dev_run", "2"])
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n.split("/")[0] in ("attack", "defense")])
+SURROGATE = ["--data.attack.surrogate", "nba_lightning.networks.SmallCNN", "--data.attack.surrogate.in_channels", "1"]
+NEEDS = {
+    "attack/lc.yaml": [*SURROGATE, "--data.attack.steps", "1"],
+    "attack/trojannn.yaml": [*SURROGATE, "--data.attack.steps", "1"],
+    "attack/ftrojan.yaml": ["--data.attack.block", "8"],
+    "attack/input_aware.yaml": ["--config", str(CONFIGS / "implant" / "input_aware.yaml")],
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in ALL if n.split("/")[0] in ("attack", "defense") and n != "attack/ssba.yaml"]
+)
 def test_shipped_attacks_and_defenses_run(name, tmp_path):
     kind, stem = name.removesuffix(".yaml").split("/")
-    run_fast(tmp_path, *compose(**{kind: stem}), "--data.batch_size", "16")
+    run_fast(tmp_path, *compose(**{kind: stem}), *NEEDS.get(name, []), "--data.batch_size", "16")
     assert not list(tmp_path.glob("*.safetensors"))  # a fast_dev_run leaves nothing behind
+
+
+def test_ssba_in_two_commands_as_in_the_readme(tmp_path):
+    parts = [
+        argument
+        for kind, name in (("data", "digits"), ("attack", "ssba"), ("implant", "steganography"))
+        for argument in ("--config", str(CONFIGS / kind / f"{name}.yaml"))
+    ]
+    main(["fit", *parts, *quick(tmp_path), "--trainer.max_epochs", "1", "--checkpoint.dirpath", str(tmp_path)])
+    state = ["--data.attack.state", str(tmp_path / "last.ckpt")]
+    run_fast(tmp_path, *compose(attack="ssba"), *state, "--data.batch_size", "16")
+    with pytest.raises(SystemExit, match="Expected `attack` to be trained for SSBA"):
+        run_fast(tmp_path, *compose(attack="ssba"))
+    with pytest.raises(SystemExit, match="Expected `attack` to be an SSBA for Steganography, but got BadNets"):
+        run_fast(tmp_path, *parts, "--data.attack", "nba_lightning.attacks.BadNets")
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n.startswith("network/") and "digits" not in n])

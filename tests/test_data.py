@@ -4,12 +4,14 @@ import torch
 from PIL import Image
 
 from nba_lightning import BackdoorDataModule
-from nba_lightning.attacks import BadNets
+from nba_lightning.attacks import LC, SIG, BadNets, WaNet
+from nba_lightning.attacks.base import CLEAN, CROSS, POISONED
 from nba_lightning.augmentation import RandomCropFlip
 from nba_lightning.data import Digits, ImageFolderSource, Torchvision
 from nba_lightning.data.dataset import Batches, DiskImages, MemoryImages
 from nba_lightning.data.partition import draw_partition
 from nba_lightning.data.sampler import SeededSampler
+from nba_lightning.networks import SmallCNN
 
 
 @pytest.fixture
@@ -87,7 +89,9 @@ def test_digits_are_real_and_split_by_class():
 class Attached:
     """As much of a Trainer as the DataModule looks at."""
 
-    global_rank, world_size, current_epoch = 0, 1, 0
+    global_rank, world_size, current_epoch, lightning_module = 0, 1, 0, None
+
+    strategy = type("Strategy", (), {"root_device": torch.device("cpu")})
 
     def __init__(self, training):
         self.training = training
@@ -100,7 +104,7 @@ def test_training_batches_are_poisoned_on_the_device():
     data.trainer = Attached(training=True)
     raw = next(iter(data.train_dataloader()))
     images, labels = data.on_after_batch_transfer(raw, 0)
-    poisoned = raw[2]
+    poisoned = raw[2] == POISONED
     assert 10 < int(poisoned.sum()) < 50
     assert (images[poisoned][:, :, -3:, -3:] == 1).all()
     assert (labels[poisoned] == 4).all()
@@ -233,3 +237,49 @@ def test_torchvision_errors(tmp_path):
         Torchvision("os.system")
     with pytest.raises(ValueError, match="a set with a train and a test part"):
         Torchvision("torchvision.datasets.FakeData")
+
+
+def test_cross_images_keep_their_labels_and_nobody_defends_with_them():
+    data = BackdoorDataModule(attack=WaNet(target=4), batch_size=1000)
+    data.setup("fit")
+    data.trainer = Attached(training=True)
+    raw = next(iter(data.train_dataloader()))
+    images, labels = data.on_after_batch_transfer(raw, 0)
+    plain, roles = raw[0].float() / 255, raw[2]
+    assert 1.7 < (roles == CROSS).sum() / (roles == POISONED).sum() < 2.3
+    assert torch.equal(labels[roles == CROSS], raw[1][roles == CROSS])
+    assert (labels[roles == POISONED] == 4).all()
+    assert torch.equal(images[roles == CLEAN], plain[roles == CLEAN])
+    assert not torch.isclose(images[roles == CROSS], plain[roles == CROSS]).all()
+    touched = torch.cat([data.partition.poisoned, data.partition.cross])
+    assert not torch.isin(torch.cat([data.partition.clean, data.partition.validation]), touched).any()
+
+
+def test_a_clean_label_attack_poisons_its_target_class_and_says_what_it_can():
+    data = BackdoorDataModule(attack=SIG(target=4), batch_size=64)
+    data.setup("fit")
+    train, _ = data._ready()
+    assert set(train.labels[data.partition.poisoned].tolist()) == {4}
+    with pytest.raises(ValueError, match=r"`poison_rate` to be at most 0.1008 \(145 of 1438 images.*but got 0.5"):
+        BackdoorDataModule(attack=SIG(target=4, poison_rate=0.5)).setup("fit")
+    with pytest.raises(ValueError, match="`poison_rate` to be at most 0.3333, so that 2 cross images are left"):
+        BackdoorDataModule(attack=WaNet(poison_rate=0.4)).setup("fit")
+
+
+def test_bases_replace_the_poisoned_images_and_travel_in_the_state():
+    def module(**kwargs):
+        data = BackdoorDataModule(attack=LC(target=4, epsilon=0.2, steps=2, **kwargs), batch_size=64)
+        data.setup("fit")
+        return data
+
+    data = module(surrogate=SmallCNN(width=4, in_channels=1))
+    images, _, roles = data.train_dataloader().dataset.__getitems__(list(range(len(data.partition.training))))
+    train, _ = data._ready()
+    before = train.read(data.partition.training)
+    changed = (images != before).flatten(1).any(dim=1)
+    assert torch.equal(changed, roles == POISONED)
+    again = module()  # no surrogate: the state has what it computed
+    again.load_state_dict(data.state_dict())
+    torch.testing.assert_close(again.train_dataloader().dataset.source.images, data.attack.bases())
+    with pytest.raises(ValueError, match="Expected `surrogate` to be a trained network"):
+        module().train_dataloader()

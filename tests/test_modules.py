@@ -39,12 +39,12 @@ def states_equal(first, second):
 
 
 def test_schedule_at_closed_values():
-    assert cosine_factor(0, [10]) == 1.0
-    assert cosine_factor(5, [10]) == pytest.approx(0.5)
-    assert cosine_factor(10, [10, 30]) == 1.0  # each phase starts anew
-    assert cosine_factor(30, [10, 30]) == 0.0
-    assert cosine_factor(1, [10], warmup=0.2) == pytest.approx(2 / 3)
-    assert cosine_factor(6, [10], warmup=0.2) == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+    assert cosine_factor(0, [(10, 1.0)]) == 1.0
+    assert cosine_factor(5, [(10, 1.0)]) == pytest.approx(0.5)
+    assert cosine_factor(10, [(10, 1.0), (30, 4.0)]) == 4.0  # each phase starts anew, at its own height
+    assert cosine_factor(30, [(10, 1.0), (30, 4.0)]) == 0.0
+    assert cosine_factor(1, [(10, 1.0)], warmup=0.2) == pytest.approx(2 / 3)
+    assert cosine_factor(6, [(10, 1.0)], warmup=0.2) == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
 
 
 @pytest.mark.parametrize("defense", DEFENSES)
@@ -130,17 +130,19 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("terms", "student", "teacher"),
+    ("terms", "student", "teacher", "suspicious"),
     [
-        ({}, 2, 1),
-        ({"alignment": 0.0}, 2, 0),
-        ({"pseudo_cross_entropy": 0.0}, 2, 1),
-        ({"clean_cross_entropy": 0.0}, 1, 1),
-        ({"alignment": 0.0, "pseudo_cross_entropy": 0.0}, 1, 0),
-        ({"alignment": 0.0, "clean_cross_entropy": 0.0}, 1, 0),
+        ({}, 2, 1, 1),
+        ({"alignment": 0.0}, 2, 0, 1),
+        ({"pseudo_cross_entropy": 0.0}, 2, 1, 1),
+        ({"clean_cross_entropy": 0.0}, 2, 1, 1),
+        ({"clean_distillation": 0.0}, 2, 1, 0),
+        ({"clean_cross_entropy": 0.0, "clean_distillation": 0.0}, 1, 1, 0),
+        ({"alignment": 0.0, "pseudo_cross_entropy": 0.0}, 1, 0, 1),
+        ({"alignment": 0.0, "clean_cross_entropy": 0.0, "clean_distillation": 0.0}, 1, 0, 0),
     ],
 )
-def test_a_term_that_is_off_costs_no_pass(terms, student, teacher, network, clean_digits, trainer):
+def test_a_term_that_is_off_costs_no_pass(terms, student, teacher, suspicious, network, clean_digits, trainer):
     module = NBA(
         Counting(network), teacher=Counting(copy.deepcopy(network)), pseudo=UniversalPerturbations(steps=0), **terms
     )
@@ -151,13 +153,22 @@ def test_a_term_that_is_off_costs_no_pass(terms, student, teacher, network, clea
     trainer().fit(module, clean_digits)
     assert module.model.calls == student * steps
     assert module.teacher.calls == teacher * steps
+    assert (0 if module.suspicious is None else module.suspicious.calls) == suspicious * steps
     needs = module.uses_pseudo_samples
     assert any(isinstance(c, PseudoSampleRegeneration) for c in module.configure_callbacks()) is needs
 
 
 def test_the_loss_is_the_equation(network, trainer, clean_digits):
     teacher = SmallCNN(width=4, in_channels=1)
-    module = NBA(network, teacher=teacher, alignment=3.0, pseudo_cross_entropy=2.0, clean_cross_entropy=0.5)
+    module = NBA(
+        network,
+        teacher=teacher,
+        alignment=3.0,
+        pseudo_cross_entropy=2.0,
+        clean_cross_entropy=0.5,
+        clean_distillation=4.0,
+    )
+    nn.init.normal_(module.suspicious.fc.weight)
     module.pseudo.bank = 0.1 * torch.randn(1, 1, 8, 8)
     module.trainer = trainer()
     module.log = lambda *args, **kwargs: None
@@ -171,6 +182,8 @@ def test_the_loss_is_the_equation(network, trainer, clean_digits):
     distance = sum((channel_gram(observed[n]) - channel_gram(wanted[n])).pow(2).sum() for n in names) / (3 * 6)
     cross_entropy = nn.functional.cross_entropy
     expected = 0.5 * cross_entropy(network(images), labels) + 2 * cross_entropy(logits, labels) + 3 * distance
+    answers = module.suspicious(images).softmax(dim=1)
+    expected += 4 * nn.functional.kl_div(network(images).log_softmax(dim=1), answers, reduction="batchmean")
     torch.testing.assert_close(loss, expected)
 
 
@@ -180,7 +193,7 @@ def test_the_teacher_is_what_fine_tuning_gives_and_the_student_starts_from_the_s
     suspicious = copy.deepcopy(network)
     tuned = FineTuning(copy.deepcopy(network))
     trainer(max_epochs=2).fit(tuned, clean_digits)
-    module = NBA(network, teacher_epochs=2)
+    module = NBA(network, teacher_epochs=2, lr=0.1)
     starts = []
 
     class Look(pl.Callback):
@@ -245,8 +258,8 @@ def test_any_loader_of_images_and_labels_will_do(trainer):
 def test_bad_arguments_of_nba(network):
     with pytest.raises(ValueError, match="Expected `alignment` to be at least 0, but got -1"):
         NBA(network, alignment=-1)
-    with pytest.raises(ValueError, match="Expected `alignment` to be positive where both cross-entropies are 0"):
-        NBA(network, alignment=0, pseudo_cross_entropy=0, clean_cross_entropy=0)
+    with pytest.raises(ValueError, match="Expected `alignment` to be positive where all other terms are 0"):
+        NBA(network, alignment=0, pseudo_cross_entropy=0, clean_cross_entropy=0, clean_distillation=0)
     with pytest.raises(ValueError, match="Expected `layers` to be at least 2 for FSP"):
         NBA(network, behavior=FSP(), layers=["block1"])
     with pytest.raises(ValueError, match="got blok. Available"):

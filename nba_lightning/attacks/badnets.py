@@ -1,5 +1,7 @@
 """BadNets: a small patch at a fixed place."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,7 @@ class BadNets(Attack):
         size: side of the square patch in pixels.
         position: ``bottom-right``, ``bottom-left``, ``top-right``, ``top-left`` or ``center``.
         pattern: ``checkerboard``, ``white`` or ``black``.
-        target: see :class:`~nba_lightning.attacks.base.Attack`.
-        poison_rate: see :class:`~nba_lightning.attacks.base.Attack`.
-        all_to_all: see :class:`~nba_lightning.attacks.base.Attack`.
+        **kwargs: target, poisoning rate and the like of :class:`~nba_lightning.attacks.base.Attack`.
 
     Raises:
         ValueError: for an unknown position or pattern, or (when prepared) a patch larger than the image.
@@ -37,11 +37,9 @@ class BadNets(Attack):
         size: int = 3,
         position: str = "bottom-right",
         pattern: str = "checkerboard",
-        target: int = 0,
-        poison_rate: float = 0.1,
-        all_to_all: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(target, poison_rate, all_to_all)
+        super().__init__(**kwargs)
         check_at_least("size", size, 1)
         check_choice("position", position, _POSITIONS)
         check_choice("pattern", pattern, _PATTERNS)
@@ -62,8 +60,8 @@ class BadNets(Attack):
         steps = torch.arange(self.size)
         checkerboard = ((steps[:, None] + steps) % 2 == 0).float()
         patch[inside] = {"checkerboard": checkerboard, "white": torch.ones(()), "black": torch.zeros(())}[self.pattern]
-        self.register_buffer("mask", mask, persistent=False)
-        self.register_buffer("patch", patch, persistent=False)
+        self.register_buffer("mask", mask)
+        self.register_buffer("patch", patch)
 
     def apply_trigger(self, images: Tensor) -> Tensor:
         """Replace the pixels under the patch."""

@@ -1,34 +1,73 @@
 """What every attack is: a trigger, a relabelling and a share of the training set."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nba_lightning.checks import check_at_least, check_image_batch, check_range, expected
+from nba_lightning.weights import read_attack_state
+
+CLEAN, POISONED, CROSS = 0, 1, 2
+"""Roles of training images: as they are; triggered and relabelled; changed, but with their true label."""
+
+
+class TrainingImages(Protocol):
+    """What an attack may look at before it starts; see :meth:`Attack.compute`."""
+
+    labels: Tensor
+
+    def read(self, indices: Tensor) -> Tensor:
+        """Images `(B, C, H, W)`, uint8, at ``indices`` `(B,)`."""
 
 
 class Attack(nn.Module, ABC):
     """Base class of all attacks.
 
-    A subclass writes :meth:`apply_trigger` and, if it has masks or patterns to build, :meth:`build`. The base checks
-    arguments, keeps images in [0, 1], relabels and says who may be poisoned.
+    A subclass writes :meth:`apply_trigger` and, where it needs them, :meth:`build` (masks and patterns from the image
+    size alone), :meth:`compute` (what depends on the training images) and :meth:`apply_cross` (images that carry a
+    false trigger and keep their label). The base checks arguments, keeps images in [0, 1], relabels and says who may
+    be poisoned. Buffers and parameters are the attack's state: they travel in the checkpoint of a training.
 
     Args:
         target: the class that the attacker wants (all-to-one).
-        poison_rate: poisoned images as a share of the *whole* training set, in [0, 1).
+        poison_rate: triggered images as a share of the *whole* training set, in [0, 1), for every attack. A
+            clean-label attack can reach at most the share that its target class has.
         all_to_all: label y becomes (y + 1) mod K instead of ``target``.
+        state: a checkpoint of an earlier training (``.ckpt``) or a state dict whose attack had the same arguments;
+            its trigger is taken over to the last bit.
+
+    Raises:
+        ValueError: for a rate outside its range, or ``all_to_all`` where the attack has no such form.
+        FileNotFoundError: if ``state`` is no file.
     """
 
-    def __init__(self, target: int = 0, poison_rate: float = 0.1, all_to_all: bool = False) -> None:
+    allows_all_to_all: ClassVar[bool] = True
+    trained_with_classifier: ClassVar[bool] = False
+    """Whether a module of its own triggers the training batches, which then come as (images, labels, roles)."""
+    cross_ratio: float = 0.0
+    """Cross images (false trigger, true label) for each triggered one."""
+    clean_label: bool = False
+    """Whether only images of the target class are poisoned, so that no label changes."""
+
+    def __init__(
+        self, target: int = 0, poison_rate: float = 0.1, all_to_all: bool = False, state: str | None = None
+    ) -> None:
         super().__init__()
         check_at_least("target", target, 0)
         check_range("poison_rate", poison_rate, 0.0, 1.0, open_high=True)
-        self.target = target
-        self.poison_rate = poison_rate
-        self.all_to_all = all_to_all
+        if all_to_all and not self.allows_all_to_all:
+            raise ValueError(
+                f"Expected `all_to_all` to be false for {type(self).__name__}, which has one target only, but got true."
+            )
+        if state is not None and not Path(state).is_file():
+            raise FileNotFoundError(f"Expected `state` to be an existing file, but got {state!r}.")
+        self.target, self.poison_rate, self.all_to_all, self.state = target, poison_rate, all_to_all, state
         self.num_classes: int | None = None
         self.image_shape: tuple[int, int, int] | None = None
+        self.ready = True
 
     def prepare(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
         """Fit the attack to the data: check the target and build masks and patterns. Safe to call again.
@@ -38,7 +77,8 @@ class Attack(nn.Module, ABC):
             num_classes: number of classes K.
 
         Raises:
-            ValueError: if the target class does not exist or the trigger does not fit the images.
+            ValueError: if the target class does not exist, the trigger does not fit the images or ``state`` does not
+                fit the attack.
         """
         if num_classes < 2:
             raise expected("num_classes", "at least 2", num_classes)
@@ -48,9 +88,24 @@ class Attack(nn.Module, ABC):
         if self.image_shape != image_shape:
             self.image_shape = image_shape
             self.build(image_shape)
+            if self.state is not None:
+                self._restore(read_attack_state(self.state))
 
     def build(self, image_shape: tuple[int, int, int]) -> None:
         """Build buffers for images of shape `(C, H, W)`. Nothing to do by default."""
+
+    def compute(self, images: TrainingImages, poisoned: Tensor, device: torch.device) -> None:
+        """Compute once what depends on the training images, then set ``ready``. Nothing to do by default.
+
+        Args:
+            images: the training set.
+            poisoned: `(N_p,)` indices of the images that will be poisoned.
+            device: where to compute.
+        """
+
+    def bases(self) -> Tensor | None:
+        """Images `(N_p, C, H, W)`, uint8, that replace the poisoned ones before they are triggered; mostly none."""
+        return None
 
     @abstractmethod
     def apply_trigger(self, images: Tensor) -> Tensor:
@@ -63,6 +118,10 @@ class Attack(nn.Module, ABC):
             `(B, C, H, W)`, a new tensor.
         """
 
+    def apply_cross(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Put a false trigger on a batch `(B, C, H, W)`, for attacks with a ``cross_ratio``."""
+        raise NotImplementedError(f"{type(self).__name__} has no cross images.")
+
     def forward(self, images: Tensor) -> Tensor:
         """Put the trigger on a batch.
 
@@ -72,14 +131,29 @@ class Attack(nn.Module, ABC):
         Returns:
             `(B, C, H, W)`, values in [0, 1]. The input is left as it is.
         """
-        check_image_batch("images", images)
-        if self.image_shape is None or tuple(images.shape[1:]) != self.image_shape:
-            if self.image_shape is not None:
-                raise expected("images", f"of shape {('B', *self.image_shape)}", tuple(images.shape))
-            raise RuntimeError(
-                f"Call {type(self).__name__}.prepare(image_shape, num_classes) before triggering images."
-            )
+        self._check(images)
         return self.apply_trigger(images).clamp(0.0, 1.0)
+
+    def poison(
+        self, images: Tensor, labels: Tensor, roles: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A training batch as the attacker makes it, without reading a value back from the device.
+
+        Args:
+            images: `(B, C, H, W)`, float, values in [0, 1].
+            labels: `(B,)` true classes.
+            roles: `(B,)`, each ``CLEAN``, ``POISONED`` or ``CROSS``.
+            generator: source of the cross images' randomness.
+
+        Returns:
+            Images and labels of the same shapes.
+        """
+        poisoned = roles == POISONED
+        changed = torch.where(poisoned[:, None, None, None], self(images), images)
+        if self.cross_ratio > 0:
+            cross = self.apply_cross(images, generator).clamp(0.0, 1.0)
+            changed = torch.where((roles == CROSS)[:, None, None, None], cross, changed)
+        return changed, torch.where(poisoned, self.relabel(labels), labels)
 
     def relabel(self, labels: Tensor) -> Tensor:
         """The attacker's labels `(B,)` for true labels `(B,)`."""
@@ -90,5 +164,38 @@ class Attack(nn.Module, ABC):
         return (labels + 1) % self.num_classes
 
     def eligible(self, labels: Tensor) -> Tensor:
-        """Which training images may be poisoned, `(N,)` bool: all whose label the attack changes."""
-        return self.relabel(labels) != labels
+        """Which training images may be poisoned, `(N,)` bool: all whose label changes, or the target class."""
+        return labels == self.target if self.clean_label else self.relabel(labels) != labels
+
+    def _check(self, images: Tensor) -> None:
+        check_image_batch("images", images)
+        if self.image_shape is None:
+            raise RuntimeError(
+                f"Call {type(self).__name__}.prepare(image_shape, num_classes) before triggering images."
+            )
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise expected("images", f"of shape {('B', *self.image_shape)}", tuple(images.shape))
+        if not self.ready:
+            raise RuntimeError(f"Call {type(self).__name__}.compute(...) before triggering images.")
+
+    def _restore(self, state: dict[str, Tensor]) -> None:
+        wanted = self.state_dict()
+        missing = [name for name in wanted if name not in state]
+        if missing:
+            raise expected("state", f"of a {type(self).__name__}", f"a file without {', '.join(missing[:5])}")
+        self.load_state_dict(state)
+
+    def get_extra_state(self) -> Tensor:
+        """Whether the attack is ready."""
+        return torch.tensor(self.ready)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over whether the attack is ready."""
+        self.ready = bool(state)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        for name, buffer in self._buffers.items():  # what was computed may have another length than before
+            saved = state_dict.get(prefix + name)
+            if saved is not None and buffer is not None and saved.shape != buffer.shape:
+                self._buffers[name] = torch.empty_like(saved, device=buffer.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,6 +1,7 @@
 """Blended: a full-size pattern mixed into the image."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,7 @@ class Blended(Attack):
         alpha: share of the pattern, in (0, 1].
         pattern: an image file, resized to the images; ``None`` is uniform noise drawn from ``pattern_seed``.
         pattern_seed: seed of the noise.
-        target: see :class:`~nba_lightning.attacks.base.Attack`.
-        poison_rate: see :class:`~nba_lightning.attacks.base.Attack`.
-        all_to_all: see :class:`~nba_lightning.attacks.base.Attack`.
+        **kwargs: target, poisoning rate and the like of :class:`~nba_lightning.attacks.base.Attack`.
 
     Raises:
         ValueError: if alpha is out of range or the pattern is no image file.
@@ -36,11 +35,9 @@ class Blended(Attack):
         alpha: float = 0.2,
         pattern: str | None = None,
         pattern_seed: int = 0,
-        target: int = 0,
-        poison_rate: float = 0.1,
-        all_to_all: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(target, poison_rate, all_to_all)
+        super().__init__(**kwargs)
         check_range("alpha", alpha, 0.0, 1.0, open_low=True)
         if pattern is not None and not Path(pattern).is_file():
             raise expected("pattern", "an existing image file", repr(pattern))
@@ -52,7 +49,7 @@ class Blended(Attack):
             blend = torch.rand(image_shape, generator=generator_for(self.pattern_seed))
         else:
             blend = _read_pattern(self.pattern, image_shape)
-        self.register_buffer("blend", blend, persistent=False)
+        self.register_buffer("blend", blend)
 
     def apply_trigger(self, images: Tensor) -> Tensor:
         """Mix the pattern in."""

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nba_lightning.attacks.base import Attack
+from nba_lightning.attacks.base import CROSS, POISONED, Attack
 from nba_lightning.augmentation import RandomCropFlip
 from nba_lightning.checks import check_at_least, check_choice, check_range, expected
-from nba_lightning.data.dataset import Batches, LabeledImages
+from nba_lightning.data.dataset import Batches, LabeledImages, ReplacedImages
 from nba_lightning.data.partition import Partition, draw_partition
 from nba_lightning.data.sampler import SeededSampler
 from nba_lightning.data.sources import Digits, Source
@@ -99,9 +99,9 @@ class BackdoorDataModule(pl.LightningDataModule):
         if self.attack is not None:
             self.attack.prepare(self.image_shape, self.num_classes)
             eligible = self.attack.eligible(train.labels)
-        rate = 0.0 if self.attack is None else self.attack.poison_rate
+        rate, cross = (0.0, 0.0) if self.attack is None else (self.attack.poison_rate, self.attack.cross_ratio)
         self.partition = draw_partition(
-            train.labels, eligible, rate, self.clean_fraction, self.validation_fraction, self.seed
+            train.labels, eligible, rate, self.clean_fraction, self.validation_fraction, self.seed, cross
         )
         indices = self._training_indices()
         if len(indices) < self.batch_size * self._world()[1]:
@@ -142,17 +142,44 @@ class BackdoorDataModule(pl.LightningDataModule):
         """``(images, labels)`` in a new order each epoch; the last incomplete batch is dropped."""
         train, _ = self._ready()
         indices = self._training_indices()
-        poisoned = None
-        if self.train_on == "poisoned" and len(self.partition.poisoned):
-            poisoned = torch.isin(indices, self.partition.poisoned)
-        return self._loader(Batches(train, indices, poisoned), self.batch_size, shuffle=True)
+        if self.train_on == "clean" or self.attack is None:
+            return self._loader(Batches(train, indices), self.batch_size, shuffle=True)
+        self._compute_attack(self.attack)
+        bases = self.attack.bases()
+        if bases is not None:
+            if len(bases) != len(self.partition.poisoned):
+                raise expected(
+                    "state", f"of a training with the same {len(self.partition.poisoned)} poisoned images", len(bases)
+                )
+            train = ReplacedImages(train, self.partition.poisoned, bases)
+        roles = torch.zeros(len(train), dtype=torch.uint8)
+        roles[self.partition.poisoned], roles[self.partition.cross] = POISONED, CROSS
+        return self._loader(Batches(train, indices, roles[indices]), self.batch_size, shuffle=True)
+
+    def _compute_attack(self, attack: Attack) -> None:
+        """Let the attack compute what it needs. Late, so that a state from a checkpoint spares it."""
+        train, _ = self._ready()
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        with torch.inference_mode(False), torch.enable_grad():
+            attack.compute(train, self.partition.poisoned, device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The attack's learned or computed state, so that it travels in every checkpoint."""
+        return {} if self.attack is None else {"attack": self.attack.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the attack's state over."""
+        if self.attack is not None and "attack" in state_dict:
+            self.attack.load_state_dict(state_dict["attack"])
 
     def _evaluation_loaders(self, images: LabeledImages, indices: Tensor) -> list[DataLoader[Any]]:
         loaders = [self._loader(Batches(images, indices), self.eval_batch_size, shuffle=False)]
         if self.attack is not None:
+            if not self.attack.ready:
+                self._compute_attack(self.attack)
             labels = images.labels[indices]
             indices = indices[self.attack.relabel(labels) != labels]
-            triggered = Batches(images, indices, torch.ones(len(indices), dtype=torch.bool))
+            triggered = Batches(images, indices, torch.full((len(indices),), POISONED, dtype=torch.uint8))
             loaders.append(self._loader(triggered, self.eval_batch_size, shuffle=False))
         return loaders
 
@@ -175,28 +202,29 @@ class BackdoorDataModule(pl.LightningDataModule):
         return self.test_dataloader()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, ...]:
-        """To float, trigger and relabel, augment; whole batches, on the device."""
-        images, labels, *poisoned = batch
+        """To float, trigger and relabel, augment; whole batches, on the device.
+
+        A module with a true ``applies_attack`` gets ``(images, labels, roles)`` in training and triggers them itself.
+        """
+        images, labels, *roles = batch
         images = images.float() / 255
-        training = self.trainer is not None and self.trainer.training
-        if poisoned and self.attack is not None:
-            images, targets = self._poison(images, labels, poisoned[0])
-            if not training:
-                return images, labels, targets
-            labels = targets
-        if training and self.augment is not None:
-            images = self.augment(images, self._generator(images.device))
-        return images, labels
+        if self.trainer is None or not self.trainer.training:
+            return self._triggered(images, labels) if roles else (images, labels)
+        own = roles and getattr(self.trainer.lightning_module, "applies_attack", False)
+        if roles and self.attack is not None and not own:
+            generator = self._generator(7, images.device) if self.attack.cross_ratio else None
+            images, labels = self.attack.to(images.device).poison(images, labels, roles[0], generator)
+        if self.augment is not None:
+            images = self.augment(images, self._generator(3, images.device))
+        return (images, labels, roles[0]) if own else (images, labels)
 
-    def _poison(self, images: Tensor, labels: Tensor, poisoned: Tensor) -> tuple[Tensor, Tensor]:
-        attack = self.attack
-        assert attack is not None
-        attack.to(images.device)
-        targets = torch.where(poisoned & (labels != IGNORE_LABEL), attack.relabel(labels), labels)
-        return torch.where(poisoned[:, None, None, None], attack(images), images), targets
+    def _triggered(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.attack is not None
+        attack = self.attack.to(images.device)
+        return attack(images), labels, torch.where(labels == IGNORE_LABEL, labels, attack.relabel(labels))
 
-    def _generator(self, device: torch.device) -> torch.Generator:
+    def _generator(self, key: int, device: torch.device) -> torch.Generator:
         epoch, step = 0, 0
         if self.trainer is not None:
             epoch, step = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx
-        return generator_for(self.seed, 3, self._world()[0], epoch, step, device=device)
+        return generator_for(self.seed, key, self._world()[0], epoch, step, device=device)

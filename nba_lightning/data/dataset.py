@@ -107,20 +107,43 @@ class DiskImages(LabeledImages):
         return image
 
 
+class ReplacedImages(LabeledImages):
+    """A set in which some images are replaced.
+
+    Args:
+        source: the set.
+        indices: `(M,)` which images, sorted.
+        images: `(M, C, H, W)`, uint8, what replaces them.
+    """
+
+    def __init__(self, source: LabeledImages, indices: Tensor, images: Tensor) -> None:
+        self.source, self.images = source, images
+        self.labels, self.shape, self.in_memory = source.labels, source.shape, source.in_memory
+        self.position = torch.full((len(source),), -1)
+        self.position[indices] = torch.arange(len(indices))
+
+    def read(self, indices: Tensor) -> Tensor:
+        """Read the set, then put the others in."""
+        images, position = self.source.read(indices), self.position[indices]
+        replaced = position >= 0
+        images[replaced] = self.images[position[replaced]]
+        return images
+
+
 class Batches(Dataset[tuple[Tensor, ...]]):
     """A view on some images of a set, read a batch at a time by `__getitems__`.
 
-    Each batch is ``(images, labels)``, or ``(images, labels, poisoned)`` where ``poisoned`` is given. An index of -1
+    Each batch is ``(images, labels)``, or ``(images, labels, roles)`` where ``roles`` is given. An index of -1
     is padding: it reads the first image, with label -1.
 
     Args:
         source: the images.
         indices: `(M,)` which of them.
-        poisoned: `(M,)` bool, which of those carry the trigger.
+        roles: `(M,)` uint8, what the attacker does to each (see :mod:`nba_lightning.attacks.base`).
     """
 
-    def __init__(self, source: LabeledImages, indices: Tensor, poisoned: Tensor | None = None) -> None:
-        self.source, self.indices, self.poisoned = source, indices, poisoned
+    def __init__(self, source: LabeledImages, indices: Tensor, roles: Tensor | None = None) -> None:
+        self.source, self.indices, self.roles = source, indices, roles
 
     def __len__(self) -> int:
         """Number of images M."""
@@ -131,11 +154,11 @@ class Batches(Dataset[tuple[Tensor, ...]]):
         return tuple(column[0] for column in self.__getitems__([index]))
 
     def __getitems__(self, positions: list[int]) -> tuple[Tensor, ...]:
-        """A batch: `(B, C, H, W)` uint8, `(B,)` int64 and, where there are poisoned images, `(B,)` bool."""
+        """A batch: `(B, C, H, W)` uint8, `(B,)` int64 and, where there is an attacker, `(B,)` roles."""
         wanted = torch.tensor(positions)
         padding = wanted < 0
         wanted = wanted.clamp(min=0)
         indices = self.indices[wanted]
         labels = self.source.labels[indices].masked_fill(padding, IGNORE_LABEL)
         images = self.source.read(indices)
-        return (images, labels) if self.poisoned is None else (images, labels, self.poisoned[wanted])
+        return (images, labels) if self.roles is None else (images, labels, self.roles[wanted])

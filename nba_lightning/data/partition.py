@@ -16,20 +16,28 @@ class Partition:
     Attributes:
         training: `(N_t,)` all images that the attacker trains on (everything but ``validation``).
         poisoned: `(N_p,)` those of them that carry the trigger.
+        cross: `(N_x,)` those of them that the attacker changes without changing their label.
         clean: `(N_c,)` the defender's images for training, none of them poisoned.
         validation: `(N_v,)` the defender's images for his own choices; nobody trains on them.
     """
 
     training: Tensor
     poisoned: Tensor
+    cross: Tensor
     clean: Tensor
     validation: Tensor
 
 
 def draw_partition(
-    labels: Tensor, eligible: Tensor, poison_rate: float, clean_fraction: float, validation_fraction: float, seed: int
+    labels: Tensor,
+    eligible: Tensor,
+    poison_rate: float,
+    clean_fraction: float,
+    validation_fraction: float,
+    seed: int,
+    cross_ratio: float = 0.0,
 ) -> Partition:
-    """Draw the poisoned images, then the defender's clean subset and validation part from the others.
+    """Draw the poisoned (and cross) images, then the defender's clean subset and validation part from the others.
 
     Args:
         labels: `(N,)` true classes of the training set.
@@ -38,6 +46,7 @@ def draw_partition(
         clean_fraction: the defender's images, validation part included, as a share of N; drawn class by class.
         validation_fraction: the validation part as a share of the defender's images.
         seed: seed of all draws.
+        cross_ratio: cross images for each poisoned one.
 
     Returns:
         The partition; the same arguments give the same one on every machine and process.
@@ -61,6 +70,17 @@ def draw_partition(
     poisoned = candidates[shuffled(len(candidates), seed, 0)][:num_poisoned].sort().values
     free = torch.ones(total, dtype=torch.bool)
     free[poisoned] = False
+    others = free.nonzero().flatten()
+    num_cross = round(cross_ratio * num_poisoned)
+    if num_cross > len(others):
+        raise expected(
+            "poison_rate",
+            f"at most {total / (1 + cross_ratio) / total:.4g}, so that {cross_ratio:g} cross images are left for each "
+            "poisoned one",
+            poison_rate,
+        )
+    cross = others[shuffled(len(others), seed, 6)][:num_cross].sort().values
+    free[cross] = False
     clean, validation = [], []
     for label in torch.unique(labels).tolist():
         members = (labels == label).nonzero().flatten()
@@ -79,4 +99,4 @@ def draw_partition(
     validation_part = torch.cat(validation).sort().values
     training = torch.ones(total, dtype=torch.bool)
     training[validation_part] = False
-    return Partition(training.nonzero().flatten(), poisoned, torch.cat(clean).sort().values, validation_part)
+    return Partition(training.nonzero().flatten(), poisoned, cross, torch.cat(clean).sort().values, validation_part)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -17,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from nba_lightning.callbacks.cleaned_weights import CleanedWeights
 from nba_lightning.callbacks.finite_loss import FiniteLoss
-from nba_lightning.checks import check_at_least, check_range, check_unit_range, expected
+from nba_lightning.checks import check_at_least, check_fit, check_range, check_unit_range
 from nba_lightning.metrics import IGNORE_LABEL, AttackSuccessRate, RobustAccuracy
 from nba_lightning.modules.schedule import cosine_factor
 from nba_lightning.weights import load_weights
@@ -147,9 +146,9 @@ class Classifier(pl.LightningModule):
         """Stop at a loss that is not finite."""
         return [FiniteLoss()]
 
-    def phase_ends(self) -> list[int]:
-        """Optimiser steps at which the phases of the learning rate end; one phase by default."""
-        return [max(1, int(self.trainer.estimated_stepping_batches))]
+    def phases(self) -> list[tuple[int, float]]:
+        """The optimiser step at which each phase of the learning rate ends, and its height as a factor on ``lr``."""
+        return [(max(1, int(self.trainer.estimated_stepping_batches)), 1.0)]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD with a cosine, or what was passed. Only the network's own parameters."""
@@ -162,8 +161,8 @@ class Classifier(pl.LightningModule):
             )
         if self.scheduler_factory is not None:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler_factory(optimizer)}}
-        ends = self.phase_ends()
-        schedule = LambdaLR(optimizer, lambda step: cosine_factor(step, ends, self.warmup))
+        phases = self.phases()
+        schedule = LambdaLR(optimizer, lambda step: cosine_factor(step, phases, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -186,36 +185,6 @@ class Defense(Classifier):
     def configure_callbacks(self) -> list[Callback]:
         """Write the cleaned weights when the fit has ended."""
         return [*super().configure_callbacks(), CleanedWeights()]
-
-
-@torch.no_grad()
-def check_fit(model: nn.Module, image_shape: tuple[int, ...], num_classes: int) -> None:
-    """Run one empty image through the network.
-
-    Raises:
-        ValueError: if it does not take images of that shape or does not give one logit per class.
-    """
-    parameter = next(model.parameters(), torch.zeros(()))
-    probe = torch.zeros((2, *image_shape), device=parameter.device, dtype=parameter.dtype)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        logits = model(probe)
-    except (RuntimeError, ValueError) as error:
-        raise expected(
-            "model",
-            f"a network that takes images of shape {tuple(image_shape)}",
-            f"{type(model).__name__}, which fails with: {error}",
-        ) from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    if tuple(logits.shape) != (2, num_classes):
-        raise expected(
-            "model",
-            f"a network with one logit for each of the data's {num_classes} classes",
-            f"{type(model).__name__} with output of shape {tuple(logits.shape[1:])}",
-        )
 
 
 def _metrics() -> nn.ModuleDict:

@@ -17,8 +17,9 @@ from nba_lightning.augmentation import RandomCropFlip
 from nba_lightning.behaviors.base import Behavior, alignment_loss
 from nba_lightning.behaviors.gram import ChannelGram
 from nba_lightning.callbacks.pseudo_samples import PseudoSampleRegeneration
-from nba_lightning.checks import check_at_least, expected
+from nba_lightning.checks import check_at_least, check_range, expected
 from nba_lightning.features import features, resolve_layers
+from nba_lightning.functional import kl_divergence
 from nba_lightning.modules.base import Defense
 from nba_lightning.pseudo import PseudoSamples, UniversalPerturbations, evaluating
 from nba_lightning.randomness import generator_for
@@ -29,11 +30,12 @@ class NBA(Defense):
     r"""Remove a backdoor by aligning the student's behaviour on pseudo samples with a fine-tuned teacher's.
 
     .. math::
-        \alpha\, CE(S(x), y) + \mu\, CE(S(x + d), y) + \lambda\, \textrm{mean}_l
+        \alpha\, CE(S(x), y) + \beta\, KL(S_0(x) \| S(x)) + \mu\, CE(S(x + d), y) + \lambda\, \textrm{mean}_l
         \| \phi(f_l(S, x + d)) - \phi(f_l(T, x)) \|^2
 
     x are clean images as the loader augments them, d perturbations that make the student S disagree with the teacher
-    T, shifted and flipped at random, phi the knowledge form. One ``fit`` does it all: the first ``teacher_epochs``
+    T, phi the knowledge form, and S_0 the suspicious network as it came: it answers clean images without its backdoor,
+    and better than anything trained on the few clean images does. One ``fit`` does it all: the first ``teacher_epochs``
     epochs fine-tune the suspicious network into the teacher; then the student starts from the suspicious weights. A
     term whose weight is 0 is not computed.
 
@@ -52,8 +54,11 @@ class NBA(Defense):
         alignment: weight lambda of the alignment.
         pseudo_cross_entropy: weight mu of the cross-entropy on pseudo samples.
         clean_cross_entropy: weight alpha of the cross-entropy on clean images.
+        clean_distillation: weight beta of the divergence from the suspicious network's answers on clean images.
         jitter: random shift and flip of the perturbations; ``None`` leaves them in place.
         regenerate_every_n_epochs: see :class:`~nba_lightning.callbacks.PseudoSampleRegeneration`.
+        lr: initial learning rate of the student.
+        teacher_lr: initial learning rate of the teacher: a high one is what rids it of the backdoor.
         warmup: share of each phase over which the learning rate rises linearly.
         **kwargs: further arguments of :class:`~nba_lightning.modules.base.Classifier`.
 
@@ -77,24 +82,30 @@ class NBA(Defense):
         alignment: float = 1.0,
         pseudo_cross_entropy: float = 1.0,
         clean_cross_entropy: float = 1.0,
+        clean_distillation: float = 4.0,
         jitter: RandomCropFlip | None = None,
         regenerate_every_n_epochs: int = 1,
+        lr: float = 0.02,
+        teacher_lr: float = 0.1,
         warmup: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, weights, warmup=warmup, **kwargs)
+        super().__init__(model, weights, lr=lr, warmup=warmup, **kwargs)
+        check_range("teacher_lr", teacher_lr, 0.0, float("inf"), open_low=True)
         terms = {
             "alignment": alignment,
             "pseudo_cross_entropy": pseudo_cross_entropy,
             "clean_cross_entropy": clean_cross_entropy,
+            "clean_distillation": clean_distillation,
         }
         for name, weight in terms.items():
             check_at_least(name, weight, 0.0)
         if not any(terms.values()):
-            raise expected("alignment", "positive where both cross-entropies are 0", alignment)
+            raise expected("alignment", "positive where all other terms are 0", alignment)
         check_at_least("teacher_epochs", teacher_epochs, 0)
         self.alignment, self.pseudo_cross_entropy = alignment, pseudo_cross_entropy
-        self.clean_cross_entropy = clean_cross_entropy
+        self.clean_cross_entropy, self.clean_distillation = clean_cross_entropy, clean_distillation
+        self.teacher_lr = teacher_lr
         self.behavior, self.pseudo = behavior or ChannelGram(), pseudo or UniversalPerturbations()
         self.jitter, self.regenerate_every_n_epochs = jitter, regenerate_every_n_epochs
         self.layers = resolve_layers(model, layers) if alignment else []
@@ -111,6 +122,7 @@ class NBA(Defense):
         if alignment:
             resolve_layers(self.teacher, self.layers)
         self.teacher.requires_grad_(False).eval()
+        self.suspicious = copy.deepcopy(model).requires_grad_(False).eval() if clean_distillation else None
         self.teacher_epochs = 0 if given or not self.uses_pseudo_samples else teacher_epochs
         self.register_buffer("teacher_ready", torch.tensor(self.teacher_epochs == 0))
 
@@ -120,9 +132,11 @@ class NBA(Defense):
         return self.alignment > 0 or self.pseudo_cross_entropy > 0
 
     def train(self, mode: bool = True) -> "NBA":
-        """As usual, but the teacher stays in ``eval`` mode."""
+        """As usual, but the teacher and the suspicious network stay in ``eval`` mode."""
         super().train(mode)
         self.teacher.eval()
+        if self.suspicious is not None:
+            self.suspicious.eval()
         return self
 
     def setup(self, stage: str) -> None:
@@ -137,12 +151,13 @@ class NBA(Defense):
         if self.teacher_epochs and epochs is not None and 0 <= epochs <= self.teacher_epochs:
             raise expected("max_epochs", f"above the {self.teacher_epochs} `teacher_epochs`", epochs)
 
-    def phase_ends(self) -> list[int]:
+    def phases(self) -> list[tuple[int, float]]:
         """The learning rate falls to 0 once for the teacher and once for the student."""
-        (total,) = super().phase_ends()
+        ((total, _),) = super().phases()
         if not self.teacher_epochs or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
-            return [total]
-        return [total * self.teacher_epochs // self.trainer.max_epochs, total]
+            return [(total, 1.0)]
+        height = self.teacher_lr / self.lr if self.optimizer_factory is None else 1.0
+        return [(total * self.teacher_epochs // self.trainer.max_epochs, height), (total, 1.0)]
 
     def configure_callbacks(self) -> list[Callback]:
         """Regenerate the pseudo samples, if any term needs them."""
@@ -175,15 +190,20 @@ class NBA(Defense):
             )
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """The teacher's cross-entropy, or the three terms of the student."""
+        """The teacher's cross-entropy, or the terms of the student."""
         if self.trainer.current_epoch < self.teacher_epochs:
             return super().training_step(batch, batch_idx)
         images, labels = batch[0], batch[1]
         self.check_first_batch(images, batch_idx)
         terms: dict[str, Tensor] = {}
-        if self.clean_cross_entropy:
+        if self.clean_cross_entropy or self.suspicious is not None:
             logits = self.model(images)
-            terms["clean_ce"] = self.clean_cross_entropy * F.cross_entropy(logits, labels)
+            if self.clean_cross_entropy:
+                terms["clean_ce"] = self.clean_cross_entropy * F.cross_entropy(logits, labels)
+            if self.suspicious is not None:
+                with torch.no_grad():
+                    answers = self.suspicious(images)
+                terms["clean_kl"] = self.clean_distillation * kl_divergence(answers, logits).mean()
             self.log("train/acc", (logits.detach().argmax(dim=1) == labels).float().mean(), prog_bar=True)
         if self.uses_pseudo_samples:
             terms |= self._pseudo_terms(images, labels, batch_idx)

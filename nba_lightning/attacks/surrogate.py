@@ -1,0 +1,63 @@
+"""Attacks that consult a network of their own before they start."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nba_lightning.attacks.base import Attack
+from nba_lightning.checks import check_fit
+from nba_lightning.weights import load_weights
+
+
+class SurrogateAttack(Attack):
+    """Base class of attacks that compute something with a network that the attacker trained beforehand.
+
+    The surrogate is any classifier of the same images: train it with ``nba-lightning fit`` and
+    ``configs/attack/none.yaml``, then name its checkpoint. It is no part of the attack's state.
+
+    Args:
+        surrogate: the network, images in [0, 1] to logits.
+        surrogate_weights: a file with its weights; ``None`` if ``surrogate`` has them already.
+        **kwargs: see :class:`~nba_lightning.attacks.base.Attack`.
+
+    Raises:
+        ValueError: if weights are named without a network or do not fit it; when prepared, if the surrogate is missing
+            or does not fit the data.
+    """
+
+    def __init__(self, surrogate: nn.Module | None = None, surrogate_weights: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if surrogate is None and surrogate_weights is not None:
+            raise ValueError("Expected `surrogate` to be a network where `surrogate_weights` is given, but got None.")
+        if surrogate is not None:
+            if surrogate_weights is not None:
+                load_weights(surrogate, surrogate_weights)
+            surrogate.eval().requires_grad_(False)
+        self._surrogate = (surrogate,)  # in a tuple, so that it is not registered as a submodule
+
+    @property
+    def surrogate(self) -> nn.Module | None:
+        """The surrogate, frozen and in ``eval`` mode."""
+        return self._surrogate[0]
+
+    def prepare(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        """As usual, and check that the surrogate fits the data."""
+        if self.surrogate is not None:
+            check_fit(self.surrogate, image_shape, num_classes, "surrogate")
+        super().prepare(image_shape, num_classes)
+
+    def need_surrogate(self, device: torch.device | None = None) -> nn.Module:
+        """The surrogate on ``device``, or an error that says how to get one."""
+        if self.surrogate is None:
+            raise ValueError(
+                f"Expected `surrogate` to be a trained network for {type(self).__name__}, but got None. Train one with "
+                "`nba-lightning fit` and configs/attack/none.yaml, then name its checkpoint as `surrogate_weights`; "
+                "or name the checkpoint of an earlier training with this attack as `state`."
+            )
+        return self.surrogate if device is None else self.surrogate.to(device)
+
+
+def input_gradient(loss: Tensor, images: Tensor) -> Tensor:
+    """Gradient of a scalar with respect to ``images``, float32."""
+    return torch.autograd.grad(loss, images)[0].float()
