@@ -3,7 +3,8 @@
     python benchmarks/grid.py --root .data/cifar10
 
 Every model is tested once, after its last epoch. The backdoored model of an attack is trained once (seed 0) and kept
-under ``--work``; the seeds are those of the defences, and of the defender's clean subset's order and augmentation.
+under ``--work``; the seeds are those of the defences: of their own draws, and of the order and augmentation of the
+defender's images, which are the same for all.
 """
 
 import argparse
@@ -147,7 +148,7 @@ def defend(args: argparse.Namespace, source: Source, name: str, defense: str, se
         return
     model, before = backdoored(args, source, name)
     pl.seed_everything(seed, verbose=False)
-    datamodule = data(source, ATTACKS[name](), 0, train_on="clean", batch_size=DEFENSE_BATCH_SIZE)
+    datamodule = data(source, ATTACKS[name](), 0, train_on="clean", batch_size=DEFENSE_BATCH_SIZE, order_seed=seed)
     settings = dict(args.set)
     epochs = int(settings.pop("epochs", EPOCHS[defense]))
     module = DEFENSES[defense](copy.deepcopy(model), seed=seed, **settings)

@@ -59,6 +59,8 @@ def demo(output: str = "nba-demo", seed: int = 0, attack: Literal["badnets", "bl
         nba = NBA(
             copy.deepcopy(backdoored.model),
             teacher_epochs=_TEACHER_EPOCHS,
+            lr=0.05,
+            clean_distillation=1.0,
             seed=seed,
             pseudo=UniversalPerturbations(number=4, rms=0.3),
         )

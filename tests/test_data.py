@@ -283,3 +283,13 @@ def test_bases_replace_the_poisoned_images_and_travel_in_the_state():
     torch.testing.assert_close(again.train_dataloader().dataset.source.images, data.attack.bases())
     with pytest.raises(ValueError, match="Expected `surrogate` to be a trained network"):
         module().train_dataloader()
+
+
+def test_another_order_keeps_the_partition():
+    modules = [BackdoorDataModule(train_on="clean", batch_size=32, order_seed=seed) for seed in (None, 0, 1)]
+    for data in modules:
+        data.setup("fit")
+    assert torch.equal(modules[0].partition.clean, modules[2].partition.clean)
+    by_default, same, other = (next(iter(data.train_dataloader()))[0] for data in modules)
+    assert torch.equal(by_default, same)
+    assert not torch.equal(by_default, other)

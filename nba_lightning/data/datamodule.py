@@ -42,7 +42,8 @@ class BackdoorDataModule(pl.LightningDataModule):
         batch_size: images per batch and process.
         eval_batch_size: likewise in evaluation.
         num_workers: worker processes for sets read from disk; sets in memory need none.
-        seed: seed of the partition, the order and the augmentation.
+        seed: seed of the partition: who is poisoned, and which images the defender holds.
+        order_seed: seed of the order and the augmentation in training; ``None`` takes ``seed``.
 
     Raises:
         ValueError: for a fraction out of its range; at ``setup`` for a source, an attack or a batch size that do not
@@ -66,6 +67,7 @@ class BackdoorDataModule(pl.LightningDataModule):
         eval_batch_size: int = 512,
         num_workers: int = 2,
         seed: int = 0,
+        order_seed: int | None = None,
     ) -> None:
         super().__init__()
         check_range("clean_fraction", clean_fraction, 0.0, 1.0, open_low=True)
@@ -81,6 +83,7 @@ class BackdoorDataModule(pl.LightningDataModule):
         self.clean_fraction, self.validation_fraction = clean_fraction, validation_fraction
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
+        self.order_seed = seed if order_seed is None else order_seed
         self._sets: tuple[LabeledImages, LabeledImages] | None = None
 
     def prepare_data(self) -> None:
@@ -125,7 +128,7 @@ class BackdoorDataModule(pl.LightningDataModule):
         return DataLoader(
             batches,
             batch_size=batch_size,
-            sampler=SeededSampler(batches, shuffle, self.seed, rank, world_size),
+            sampler=SeededSampler(batches, shuffle, self.order_seed, rank, world_size),
             collate_fn=_identity,
             drop_last=shuffle,
             num_workers=workers,
@@ -227,4 +230,4 @@ class BackdoorDataModule(pl.LightningDataModule):
         epoch, step = 0, 0
         if self.trainer is not None:
             epoch, step = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx
-        return generator_for(self.seed, key, self._world()[0], epoch, step, device=device)
+        return generator_for(self.order_seed, key, self._world()[0], epoch, step, device=device)
