@@ -1,7 +1,15 @@
 """Remove backdoors from image classifiers by Neural Behavioral Alignment, as PyTorch Lightning parts."""
 
 from nba_lightning.data import BackdoorDataModule
-from nba_lightning.modules import NBA, Classifier, Defense, FineTuning
+from nba_lightning.modules import NBA, Classifier, Defense, FineTuning, InputAwareTraining, Steganography
 
 __version__ = "0.1.0"
-__all__ = ["NBA", "BackdoorDataModule", "Classifier", "Defense", "FineTuning"]
+__all__ = [
+    "NBA",
+    "BackdoorDataModule",
+    "Classifier",
+    "Defense",
+    "FineTuning",
+    "InputAwareTraining",
+    "Steganography",
+]

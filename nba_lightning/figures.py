@@ -1,4 +1,4 @@
-"""Figures of the demo. Nothing here computes results."""
+"""Figures of the demo and the benchmarks. Nothing here computes results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,4 +84,34 @@ def attention_figure(image: Tensor, maps: Mapping[str, tuple[str, Mapping[str, T
             if row == 0:
                 axes.set_title(layer, fontsize=10)
     figure.suptitle("Where the network looks, before and after")
+    _save(figure, path)
+
+
+def gallery_figure(clean: Tensor, triggered: Mapping[str, Tensor], path: Path) -> None:
+    """One image under many triggers: a column for each attack with the image and what was changed, magnified.
+
+    Args:
+        clean: `(C, H, W)`, values in [0, 1].
+        triggered: from the attack's name to the triggered image, of the same shape.
+        path: the file.
+    """
+    count = len(triggered) + 1
+    columns = min(7, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(1.7 * columns + 0.6, 3.9 * rows), layout="constrained")
+    grid = figure.subplots(2 * rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    _show(grid[0, 0], clean, "clean")
+    grid[0, 0].axis("on")
+    for position, (name, image) in enumerate(triggered.items(), start=1):
+        row, column = divmod(position, columns)
+        change = image - clean
+        gain = 0.5 / max(float(change.abs().max()), 1e-6)
+        top, bottom = grid[2 * row, column], grid[2 * row + 1, column]
+        for axes in (top, bottom):
+            axes.axis("on")
+        _show(top, image, name)
+        _show(bottom, (0.5 + gain * change).clamp(0, 1), f"difference x {gain:.1f}")
+    figure.suptitle("One image under every trigger, and what it changed (grey: nothing)")
     _save(figure, path)
