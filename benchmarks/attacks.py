@@ -63,7 +63,7 @@ MASK_EPOCHS, ENCODER_EPOCHS = 2, 2
 
 def clean_model(args: argparse.Namespace, source: Source) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The model that nobody poisoned, trained once."""
-    weights, record = args.work / "clean.safetensors", args.results / "clean.json"
+    weights, record = args.work / "clean.safetensors", args.results / "clean-none-0.json"
     model = network()
     if weights.exists() and record.exists():
         load_weights(model, weights)
@@ -103,7 +103,7 @@ def attack_for(args: argparse.Namespace, source: Source, name: str, **kwargs: An
 def implant(args: argparse.Namespace, source: Source, name: str) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The backdoored model and its row, trained once."""
     label = name if args.poison_rate is None else f"{name}-{args.poison_rate:g}"
-    weights, record = args.work / f"{label}.safetensors", args.results / f"{label}.json"
+    weights, record = args.work / f"{label}.safetensors", args.results / f"{label}-none-0.json"
     model = network()
     if weights.exists() and record.exists():
         load_weights(model, weights)
@@ -148,7 +148,7 @@ def table(results: Path) -> str:
         "| attack | poison | ACC | ACC, clean model | ASR | floor (ASR) | ceiling (RA) | PSNR (dB) | SSIM | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for path in (results / f"{name}{rate}.json" for name in ATTACKS for rate in ("", "-0.01")):
+    for path in (results / f"{name}{rate}-none-0.json" for name in ATTACKS for rate in ("", "-0.01")):
         if not path.exists():
             continue
         row = json.loads(path.read_text())
