@@ -132,7 +132,7 @@ class Attack(nn.Module, ABC):
             `(B, C, H, W)`, values in [0, 1]. The input is left as it is.
         """
         self._check(images)
-        return self.apply_trigger(images).clamp(0.0, 1.0)
+        return self.apply_trigger(images).clamp_(0.0, 1.0)
 
     def poison(
         self, images: Tensor, labels: Tensor, roles: Tensor, generator: torch.Generator | None = None
@@ -149,10 +149,11 @@ class Attack(nn.Module, ABC):
             Images and labels of the same shapes.
         """
         poisoned = roles == POISONED
-        changed = torch.where(poisoned[:, None, None, None], self(images), images)
+        # With weights of 0 and 1, `lerp` chooses exactly, and several times faster than `where` with a broadcast.
+        changed = torch.lerp(images, self(images), poisoned.to(images)[:, None, None, None])
         if self.cross_ratio > 0:
-            cross = self.apply_cross(images, generator).clamp(0.0, 1.0)
-            changed = torch.where((roles == CROSS)[:, None, None, None], cross, changed)
+            cross = self.apply_cross(images, generator).clamp_(0.0, 1.0)
+            changed = torch.lerp(changed, cross, (roles == CROSS).to(images)[:, None, None, None])
         return changed, torch.where(poisoned, self.relabel(labels), labels)
 
     def relabel(self, labels: Tensor) -> Tensor:

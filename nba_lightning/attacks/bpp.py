@@ -50,7 +50,7 @@ class BPP(Attack):
 
 
 def _rounded(images: Tensor, levels: int) -> Tensor:
-    return (images * (levels - 1)).round() / (levels - 1)
+    return (images * (levels - 1)).round_().div_(levels - 1)
 
 
 def floyd_steinberg(images: Tensor, levels: int) -> Tensor:

@@ -210,7 +210,7 @@ class BackdoorDataModule(pl.LightningDataModule):
         A module with a true ``applies_attack`` gets ``(images, labels, roles)`` in training and triggers them itself.
         """
         images, labels, *roles = batch
-        images = images.float() / 255
+        images = images.float().div_(255)
         if self.trainer is None or not self.trainer.training:
             return self._triggered(images, labels) if roles else (images, labels)
         own = roles and getattr(self.trainer.lightning_module, "applies_attack", False)
