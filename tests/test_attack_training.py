@@ -1,0 +1,159 @@
+"""Attacks that train something beside the classifier, and states that travel."""
+
+import copy
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+
+from nba_lightning import BackdoorDataModule, Classifier, FineTuning, InputAwareTraining, Steganography
+from nba_lightning.attacks import LF, SSBA, BadNets, InputAware
+from nba_lightning.figures import gallery_figure
+from nba_lightning.modules.input_aware import diversity_loss
+from nba_lightning.networks import SmallCNN
+
+
+def digits(attack, **kwargs):
+    return BackdoorDataModule(attack=attack, **({"batch_size": 64} | kwargs))
+
+
+@pytest.fixture
+def small():
+    return SmallCNN(width=8, in_channels=1)
+
+
+def test_input_aware_implants_and_its_trigger_comes_back_from_the_checkpoint(small, trainer, tmp_path):
+    data = digits(InputAware(width=8, target=3, poison_rate=0.25))
+    module = InputAwareTraining(small, mask_epochs=2, mask_density=0.1)
+    runner = trainer(max_epochs=16, enable_checkpointing=True)
+    runner.fit(module, data)
+    runner.save_checkpoint(tmp_path / "implant.ckpt")
+    clean, triggered = trainer().test(module, data, verbose=False)
+    assert clean["test/acc"] > 0.85
+    assert triggered["test/asr"] > 0.6
+    again = digits(
+        InputAware(width=8, target=3, poison_rate=0.25, state=str(tmp_path / "implant.ckpt")),
+        train_on="clean",
+        batch_size=16,
+    )
+    again.setup("test")
+    images = torch.rand(4, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(again.attack(images), data.attack(images))
+        assert not torch.equal(again.attack(images)[:1] - images[:1], again.attack(images)[1:2] - images[1:2])
+    defense = FineTuning(copy.deepcopy(module.model))
+    trainer().fit(defense, again)
+    figures = trainer().test(Classifier(copy.deepcopy(small)), again, verbose=False)
+    assert figures[1]["test/asr"] == pytest.approx(triggered["test/asr"])
+
+
+def test_masks_are_trained_before_the_classifier(small, trainer):
+    before = copy.deepcopy(small.state_dict())
+    module = InputAwareTraining(small, mask_epochs=1)
+    masks = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            masks.append(copy.deepcopy(pl_module.attack.mask_network.state_dict()))
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            masks.append(copy.deepcopy(pl_module.attack.mask_network.state_dict()))
+            if trainer.current_epoch == 0:
+                assert all(torch.equal(value, before[name]) for name, value in pl_module.model.state_dict().items())
+
+    trainer(max_epochs=2, callbacks=[Look()]).fit(module, digits(InputAware(width=8)))
+    start, first, second = (state["last.weight"] for state in masks)
+    assert not torch.equal(start, first)
+    assert torch.equal(first, second)
+
+
+def test_input_aware_training_resumed_equals_uninterrupted(small, trainer, tmp_path):
+    def run(stop, ckpt_path=None):
+        torch.manual_seed(5)
+        module, saver = (
+            InputAwareTraining(copy.deepcopy(small), mask_epochs=1),
+            ModelCheckpoint(tmp_path, save_last=True),
+        )
+
+        class Stop(pl.Callback):
+            def on_train_epoch_start(self, trainer, pl_module):
+                trainer.should_stop = trainer.current_epoch >= stop
+
+        runner = trainer(max_epochs=3, enable_checkpointing=True, callbacks=[saver, Stop()])
+        runner.fit(module, digits(InputAware(width=8)), ckpt_path=ckpt_path, weights_only=True)
+        return module.state_dict()
+
+    whole = run(9)
+    for path in tmp_path.glob("*.ckpt"):
+        path.unlink()
+    run(1)
+    resumed = run(9, tmp_path / "last.ckpt")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_diversity_loss_by_hand():
+    first, second = torch.full((1, 1, 2, 2), 0.9), torch.full((1, 1, 2, 2), 0.3)
+    out_first, out_second = torch.full((1, 1, 2, 2), 0.5), torch.full((1, 1, 2, 2), 0.2)
+    assert diversity_loss(first, second, out_first, out_second).item() == pytest.approx(2.0, rel=1e-5)
+    same = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    diversity_loss(first, second, same, same.detach()).backward()
+    assert torch.isfinite(same.grad).all()  # two equal patterns must not give a gradient of nan
+
+
+def test_the_encoder_learns_to_hide_a_string_and_travels(trainer, tmp_path):
+    data = digits(SSBA(secret="ab", width=8), batch_size=32)
+    module = Steganography(image_weight=5.0)
+    runner = trainer(max_epochs=15, enable_checkpointing=True, limit_val_batches=1.0)
+    runner.fit(module, data)
+    assert runner.callback_metrics["val/bit_accuracy"] > 0.8
+    assert runner.callback_metrics["val/psnr"] > 15
+    runner.save_checkpoint(tmp_path / "encoder.ckpt")
+    again = digits(SSBA(secret="ab", width=8, state=str(tmp_path / "encoder.ckpt")))
+    again.setup("fit")
+    images = torch.rand(4, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(again.attack(images), data.attack(images))
+
+
+def test_the_wrong_attack_or_too_few_epochs_are_named(small, trainer):
+    with pytest.raises(
+        ValueError, match="Expected `attack` to be an InputAware for InputAwareTraining, but got BadNets"
+    ):
+        trainer().fit(InputAwareTraining(small), digits(BadNets()))
+    with pytest.raises(ValueError, match="Expected `attack` to be an SSBA for Steganography, but got BadNets"):
+        trainer().fit(Steganography(), digits(BadNets()))
+    with pytest.raises(ValueError, match="Expected `max_epochs` to be above the 2 `mask_epochs`, but got 1"):
+        trainer(max_epochs=1).fit(InputAwareTraining(small), digits(InputAware(width=8)))
+    with pytest.raises(ValueError, match="fit nba_lightning.modules.InputAwareTraining"):
+        trainer().fit(Classifier(small), digits(InputAware(width=8)))
+
+
+def test_a_computed_trigger_travels_in_the_defence_s_checkpoint(small, trainer, tmp_path):
+    surrogate = SmallCNN(width=4, in_channels=1)
+    data = digits(LF(surrogate, amplitude=0.3, steps=5))
+    runner = trainer(enable_checkpointing=True)
+    runner.fit(Classifier(small), data)
+    runner.save_checkpoint(tmp_path / "implant.ckpt")
+    later = digits(LF(amplitude=0.3, steps=5), train_on="clean", batch_size=16)
+    trainer().test(Classifier(small), later, ckpt_path=tmp_path / "implant.ckpt", verbose=False, weights_only=True)
+    assert torch.equal(later.attack.pattern, data.attack.pattern)
+
+
+def test_a_file_without_an_attack_is_named(tmp_path):
+    torch.save({"state_dict": {"w": torch.zeros(1)}}, tmp_path / "m.ckpt")
+    with pytest.raises(ValueError, match="to hold an attack, as checkpoints of a training on poisoned images do"):
+        BadNets(state=str(tmp_path / "m.ckpt")).prepare((1, 8, 8), 10)
+
+
+def test_the_gallery_shows_what_each_trigger_changed(tmp_path):
+    clean = torch.full((3, 8, 8), 0.5)
+    triggered = {f"attack {index}": clean.clone() for index in range(8)}
+    triggered["attack 0"][:, 0, 0] = 1.0
+    gallery_figure(clean, triggered, tmp_path / "gallery.png")
+    with Image.open(tmp_path / "gallery.png") as picture:
+        assert picture.size[0] > 1500
+        assert np.asarray(picture.convert("L")).std() > 10
