@@ -2,7 +2,7 @@
 
     python benchmarks/attacks.py --root .data/cifar10                  # all rows
     python benchmarks/attacks.py --root .data/cifar10 --attacks wanet  # one row
-    python benchmarks/attacks.py --root .data/cifar10 --table          # the table of the rows that are there
+    python benchmarks/attacks.py --table                               # the table of the rows that are there
     python benchmarks/attacks.py --root .data/cifar10 --gallery gallery.png
 
 A clean model is trained first, alike but without an attack. It is the surrogate of LC and TrojanNN, the measure of what

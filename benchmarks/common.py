@@ -37,7 +37,7 @@ class Loaded(Source):
 def parser(description: str | None, results: str) -> argparse.ArgumentParser:
     """Arguments of every benchmark on an image folder."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--root", required=True, help="image folder with train/<class>/* and test/<class>/*")
+    found.add_argument("--root", default=".data/cifar10", help="image folder with train/<class>/*, test/<class>/*")
     found.add_argument("--source", default="CIFAR-10, JPEG copy", help="its name in the results")
     found.add_argument("--epochs", type=int, default=15, help="epochs of the poisoned training")
     found.add_argument("--precision", default="bf16-mixed")

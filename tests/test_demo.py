@@ -29,4 +29,4 @@ def test_the_demo_implants_and_removes(attack, tmp_path, capsys):
 def test_unknown_attack_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["demo", "--attack", "nothing"])
-    assert "nothing" in capsys.readouterr().err
+    assert "{badnets,blended}" in capsys.readouterr().err
