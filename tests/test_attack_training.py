@@ -26,14 +26,14 @@ def small():
 
 
 def test_input_aware_implants_and_its_trigger_comes_back_from_the_checkpoint(small, trainer, tmp_path):
-    data = digits(InputAware(width=8, target=3, poison_rate=0.25))
+    data = digits(InputAware(width=8, target=3, poison_rate=0.25, cross_ratio=0.2))
     module = InputAwareTraining(small, mask_epochs=2, mask_density=0.1)
     runner = trainer(max_epochs=16, enable_checkpointing=True)
     runner.fit(module, data)
     runner.save_checkpoint(tmp_path / "implant.ckpt")
     clean, triggered = trainer().test(module, data, verbose=False)
-    assert clean["test/acc"] > 0.85
-    assert triggered["test/asr"] > 0.6
+    assert clean["test/acc"] > 0.8
+    assert triggered["test/asr"] > 0.3  # about 0.1 without training; 0.56 to 0.95 over seeds
     again = digits(
         InputAware(width=8, target=3, poison_rate=0.25, state=str(tmp_path / "implant.ckpt")),
         train_on="clean",
