@@ -85,11 +85,13 @@ def fit(args: argparse.Namespace, module: pl.LightningModule, datamodule: Backdo
     return round(time.perf_counter() - start, 1)
 
 
-def attack_for(args: argparse.Namespace, source: Source, name: str, **kwargs: Any) -> Attack:
-    """The attack, with its state if it was implanted before, or with the surrogate or encoder it needs first."""
-    state = args.work / f"{name}.attack.safetensors"
-    if state.exists():
-        return ATTACKS[name](state=str(state), **kwargs)
+def attack_for(args: argparse.Namespace, name: str) -> Attack:
+    """The attack with the state it was implanted with."""
+    return ATTACKS[name](state=str(args.work / f"{name}.attack.safetensors"))
+
+
+def fresh_attack(args: argparse.Namespace, source: Source, name: str, **kwargs: Any) -> Attack:
+    """The attack with the surrogate or encoder it needs first."""
     if name in NEED_SURROGATE:
         return ATTACKS[name](surrogate=clean_model(args, source)[0], **kwargs)
     if name == "ssba":
@@ -111,7 +113,7 @@ def implant(args: argparse.Namespace, source: Source, name: str) -> tuple[torch.
     clean, reference = clean_model(args, source)
     pl.seed_everything(0, verbose=False)
     model = network()
-    attack = attack_for(args, source, name, **({} if args.poison_rate is None else {"poison_rate": args.poison_rate}))
+    attack = fresh_attack(args, source, name, **({} if args.poison_rate is None else {"poison_rate": args.poison_rate}))
     datamodule = data(source, attack, batch_size=BATCH_SIZE)
     joint = isinstance(attack, InputAware)
     module = InputAwareTraining(model, mask_epochs=MASK_EPOCHS) if joint else Classifier(model)
@@ -168,7 +170,7 @@ def gallery(args: argparse.Namespace, source: Source) -> None:
     for name in ATTACKS:
         state = args.work / f"{name}.attack.safetensors"
         if state.exists():
-            attack = ATTACKS[name](state=str(state))
+            attack = attack_for(args, name)
             attack.prepare(images.shape, int(images.labels.max()) + 1)
             triggered[name] = attack(shown)[0]
     gallery_figure(shown[0], triggered, args.gallery)

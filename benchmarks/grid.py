@@ -38,7 +38,7 @@ def defend(args: argparse.Namespace, source: Source, name: str, defense: str, se
     pl.seed_everything(seed, verbose=False)
     datamodule = data(
         source,
-        attack_for(args, source, name),
+        attack_for(args, name),
         train_on="clean",
         batch_size=DEFENSE_BATCH_SIZE,
         order_seed=seed,

@@ -73,7 +73,7 @@ def check_fit(model: nn.Module, image_shape: tuple[int, ...], num_classes: int, 
     model.eval()
     try:
         logits = model(probe)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         raise expected(
             name,
             f"a network that takes images of shape {tuple(image_shape)}",

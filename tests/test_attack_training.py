@@ -10,10 +10,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from nba_lightning import BackdoorDataModule, Classifier, FineTuning, InputAwareTraining, Steganography
-from nba_lightning.attacks import LF, SSBA, BadNets, InputAware
+from nba_lightning.attacks import LF, SSBA, BadNets, Blended, InputAware
 from nba_lightning.figures import gallery_figure
 from nba_lightning.modules.input_aware import diversity_loss
 from nba_lightning.networks import SmallCNN
+from nba_lightning.weights import save_weights
 
 
 def digits(attack, **kwargs):
@@ -157,3 +158,56 @@ def test_the_gallery_shows_what_each_trigger_changed(tmp_path):
     with Image.open(tmp_path / "gallery.png") as picture:
         assert picture.size[0] > 1500
         assert np.asarray(picture.convert("L")).std() > 10
+
+
+def test_a_checkpoint_of_another_attack_is_left_alone_with_a_warning(small, trainer, tmp_path):
+    runner = trainer(enable_checkpointing=True)
+    runner.fit(Classifier(small), digits(BadNets()))
+    runner.save_checkpoint(tmp_path / "m.ckpt")
+    other = digits(Blended(), train_on="clean", batch_size=16)
+    with pytest.warns(UserWarning, match="was made under BadNets; Blended starts afresh"):
+        trainer().test(Classifier(small), other, ckpt_path=tmp_path / "m.ckpt", verbose=False, weights_only=True)
+
+
+def test_a_named_state_wins_over_a_checkpoint_in_a_test(small, trainer, tmp_path):
+    named = Blended(pattern_seed=1)
+    named.prepare((1, 8, 8), 10)
+    save_weights(named.state_dict(), tmp_path / "named.safetensors")
+    runner = trainer(enable_checkpointing=True)
+    runner.fit(Classifier(small), digits(Blended()))
+    runner.save_checkpoint(tmp_path / "m.ckpt")
+    data = digits(Blended(state=str(tmp_path / "named.safetensors")))
+    trainer().test(Classifier(small), data, ckpt_path=tmp_path / "m.ckpt", verbose=False, weights_only=True)
+    assert torch.equal(data.attack.blend, named.blend)
+
+
+def test_an_untrained_generator_is_not_tested(small, trainer):
+    with pytest.raises(ValueError, match="fit nba_lightning.modules.InputAwareTraining"):
+        trainer().test(InputAwareTraining(small), digits(InputAware(width=8)), verbose=False)
+
+
+def test_a_tested_encoder_can_still_poison_and_gets_no_gradient(small, trainer):
+    data = digits(SSBA(width=8))
+    data.setup()
+    data.attack.ready = True
+    trainer().test(Classifier(small), data, verbose=False)
+    trainer(max_steps=2).fit(Classifier(small), data)
+    assert all(parameter.grad is None for parameter in data.attack.parameters())
+
+
+def test_the_generators_are_in_the_checkpoint_once(small, trainer, tmp_path):
+    runner = trainer(max_epochs=2, enable_checkpointing=True)
+    runner.fit(InputAwareTraining(small, mask_epochs=1), digits(InputAware(width=8)))
+    runner.save_checkpoint(tmp_path / "m.ckpt")
+    content = torch.load(tmp_path / "m.ckpt", weights_only=True)
+    assert not any(name.startswith("attack.") for name in content["state_dict"])
+    assert any(name.startswith("pattern_network") for name in content["BackdoorDataModule"]["attack"])
+    trainer().test(
+        Classifier(small), digits(InputAware(width=8)), ckpt_path=tmp_path / "m.ckpt", verbose=False, weights_only=True
+    )
+
+
+def test_a_schedule_of_one_s_own_is_used(small, trainer):
+    module = InputAwareTraining(small, mask_epochs=1, scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5))
+    trainer(max_epochs=3).fit(module, digits(InputAware(width=8)))
+    assert module.optimizers()[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.25)

@@ -24,8 +24,9 @@ from nba_lightning.attacks.bpp import floyd_steinberg
 from nba_lightning.attacks.ftrojan import dct_matrix
 from nba_lightning.features import features
 from nba_lightning.networks import SmallCNN
+from nba_lightning.randomness import generator_for
 from nba_lightning.weights import save_weights
-from tests.attack_zoo import ATTACKS, TinySet, arguments, build
+from tests.attack_zoo import ATTACKS, TinySet, arguments, build, compute
 from tests.reference import triggers
 
 SHAPES = [(1, 8, 8), (3, 32, 32), (4, 12, 20)]
@@ -37,7 +38,7 @@ def kwargs_for(attack_class, shape):
 
 def test_all_attacks_are_exported():
     assert {attack.__name__ for attack in ATTACKS} <= set(attacks.__all__)
-    assert len(ATTACKS) == 12
+    assert len(ATTACKS) >= 12
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -59,22 +60,63 @@ def test_contract(attack_class, shape):
     assert attack(images.half()).dtype == torch.float16
 
 
+SEEDS = {
+    "Blended": "pattern_seed",
+    "LF": "pattern_seed",
+    "TrojanNN": "pattern_seed",
+    "WaNet": "grid_seed",
+    "Refool": "reflection_seed",
+}
+
+
 @pytest.mark.parametrize("attack_class", ATTACKS)
 @torch.no_grad()
 def test_the_state_brings_back_the_exact_trigger(attack_class, tmp_path):
     attack, images = build(attack_class, (3, 16, 16)), torch.rand(4, 3, 16, 16)
-    save_weights(attack.state_dict(), tmp_path / "attack.safetensors")
+    path = str(tmp_path / "attack.safetensors")
+    save_weights(attack.state_dict(), path)
     torch.manual_seed(99)
     extra = arguments(attack_class, 3)
     extra.pop("surrogate", None)  # what was computed with it is in the state
-    again = attack_class(**extra, state=str(tmp_path / "attack.safetensors"))
+    seed = {SEEDS[attack_class.__name__]: 77} if attack_class.__name__ in SEEDS else {}
+    again = attack_class(**extra, **seed, state=path)
     again.prepare((3, 16, 16), 10)
-    again.compute(TinySet((3, 16, 16)), torch.tensor([3, 13, 23]), torch.device("cpu"))
+    compute(again, TinySet((3, 16, 16)))
     assert torch.equal(again(images), attack(images))
-    if len(attack.state_dict()) > 1:
-        save_weights({"_extra_state": torch.tensor(True)}, tmp_path / "empty.safetensors")
-        with pytest.raises(ValueError, match="Expected `state` to be of a"):
-            attack_class(**extra, state=str(tmp_path / "empty.safetensors")).prepare((3, 16, 16), 10)
+    if seed and not extra:
+        assert not torch.equal(build(attack_class, (3, 16, 16), **seed)(images), attack(images))
+    other = BadNets if attack_class is not BadNets else SIG
+    with pytest.raises(ValueError, match=f"`state` to be of a {other.__name__}, but got that of a"):
+        other(state=path).prepare((3, 16, 16), 10)
+
+
+@pytest.mark.parametrize("attack_class", [Blended, WaNet, Refool, LC])
+def test_a_state_of_another_image_size_is_named(attack_class, tmp_path):
+    path = str(tmp_path / "attack.safetensors")
+    save_weights(build(attack_class, (1, 8, 8)).state_dict(), path)
+    again = attack_class(state=path)
+    if attack_class is LC:  # its adversarial images are compared where they are used
+        again.prepare((1, 8, 8), 10)
+        with pytest.raises(ValueError, match="same data, seed, target and poisoning rate"):
+            compute(again, TinySet((1, 8, 8)), poisoned=(3, 13, 33))
+        return
+    with pytest.raises(ValueError, match="with the same arguments and image shape"):
+        again.prepare((3, 32, 32), 10)
+
+
+def test_arguments_are_not_overridden_by_a_state(tmp_path):
+    path = str(tmp_path / "attack.safetensors")
+    save_weights(build(SIG, delta=0.1).state_dict(), path)
+    attack = SIG(delta=0.3, state=path)
+    attack.prepare((1, 8, 8), 10)
+    torch.testing.assert_close(attack.signal, build(SIG, delta=0.3).signal)
+
+
+def test_another_image_shape_starts_afresh():
+    attack = build(Refool, (1, 8, 8))
+    attack.prepare((3, 16, 16), 10)
+    with pytest.raises(RuntimeError, match="compute"):
+        attack(torch.rand(1, 3, 16, 16))
 
 
 @pytest.mark.parametrize("attack_class", ATTACKS)
@@ -211,6 +253,9 @@ def test_ftrojan_defaults_are_the_published_positions():
         attack.prepare((3, 32, 32), 10)
     torch.testing.assert_close(by_default.pattern, named.pattern)
     assert by_default.pattern.abs().max() > 0.005
+    large = FTrojan()
+    large.prepare((3, 64, 96), 10)  # blocks of 32 there too, so that the trigger is as strong
+    torch.testing.assert_close(large.pattern[:, 32:, 64:], by_default.pattern)
 
 
 def test_ftrojan_refuses_what_does_not_fit():
@@ -248,8 +293,13 @@ def test_wanet_samples_where_its_grid_says():
     attack = WaNet(strength=2.0)
     attack.prepare((2, 12, 20), 10)
     images = torch.rand(2, 2, 12, 20)
-    wanted = np.stack([triggers.warp(image, attack.field[0].numpy()) for image in images.numpy()])
-    np.testing.assert_allclose(attack(images).numpy(), wanted, atol=1e-5)
+    offsets = torch.rand((1, 2, 4, 4), generator=generator_for(0)) * 2 - 1  # what the attack draws
+    grid = triggers.wanet_grid(offsets[0].numpy(), 2.0, 12, 20)
+    wanted = np.stack([triggers.warp(image, grid) for image in images.numpy()])
+    np.testing.assert_allclose(attack(images).numpy(), wanted, atol=1e-4)
+    noisy = attack.apply_cross(images, torch.Generator().manual_seed(0))
+    moved = triggers.furthest(images.numpy(), noisy.numpy(), grid, 0.5)
+    assert moved < 0.02  # noise mode stays within half a pixel of the warp, along each axis
     still = WaNet(strength=1e-9)
     still.prepare((2, 12, 20), 10)
     torch.testing.assert_close(still(images), images, atol=1e-4, rtol=0)
@@ -271,12 +321,12 @@ def test_lf_has_no_high_frequencies_and_its_amplitude():
 
 def test_lf_optimises_against_a_surrogate():
     torch.manual_seed(0)
-    surrogate, data = SmallCNN(width=4), TinySet((3, 16, 16))
+    surrogate, data = SmallCNN(width=4).eval(), TinySet((3, 16, 16))
     losses = []
     for steps in (1, 40):
         attack = LF(surrogate, amplitude=0.2, steps=steps)
         attack.prepare((3, 16, 16), 10)
-        attack.compute(data, torch.tensor([1]), torch.device("cpu"))
+        compute(attack, data)
         with torch.no_grad():
             logits = surrogate(attack(data.images.float() / 255))
         losses.append(F.cross_entropy(logits, torch.zeros(60, dtype=torch.long)).item())
@@ -296,11 +346,11 @@ def test_lc_corners_by_hand():
 
 def test_lc_bases_are_close_and_hard_to_recognise():
     torch.manual_seed(0)
-    surrogate, data, poisoned = SmallCNN(width=4), TinySet((3, 16, 16)), torch.tensor([3, 13, 23])
+    surrogate, data, poisoned = SmallCNN(width=4).eval(), TinySet((3, 16, 16)), torch.tensor([3, 13, 23])
     attack = LC(surrogate, epsilon=32 / 255, steps=20)
     attack.prepare((3, 16, 16), 10)
     assert attack.bases() is None
-    attack.compute(data, poisoned, torch.device("cpu"))
+    compute(attack, data)
     moved, before = attack.bases(), data.images[poisoned]
     assert moved.dtype == torch.uint8
     assert 28 <= (moved.int() - before.int()).abs().max() <= 32
@@ -312,12 +362,12 @@ def test_lc_bases_are_close_and_hard_to_recognise():
 
 def test_trojannn_drives_the_chosen_neurons():
     torch.manual_seed(0)
-    surrogate, data = SmallCNN(width=4), TinySet((3, 16, 16))
+    surrogate, data = SmallCNN(width=4).eval(), TinySet((3, 16, 16))
     values = []
     for steps in (1, 60):
         attack = TrojanNN(surrogate, neurons=[2], activation=50.0, size=12, steps=steps)
         attack.prepare((3, 16, 16), 10)
-        attack.compute(data, torch.tensor([1]), torch.device("cpu"))
+        compute(attack, data)
         _, observed = features(surrogate, attack.pattern[None], [attack.layer])
         values.append(observed[attack.layer][0, 2].mean().item())
         assert (attack.pattern[:, :4] == 0).all()
@@ -325,7 +375,13 @@ def test_trojannn_drives_the_chosen_neurons():
     chosen = TrojanNN(surrogate, steps=1)
     chosen.prepare((3, 16, 16), 10)
     assert chosen.mask.sum() == 16  # 7 % of 16x16 pixels is a patch of 4
-    chosen.compute(data, torch.tensor([1]), torch.device("cpu"))  # selects by the last linear layer's weights
+    compute(chosen, data)
+    strength = surrogate.fc.weight.abs().sum(dim=0)
+    assert sorted(chosen.neurons) == sorted(strength.argsort()[-2:].tolist())
+    with pytest.raises(ValueError, match="Expected `neurons` to be channels 0 to 15 of 'block3'"):
+        TrojanNN(surrogate, neurons=[99]).prepare((3, 16, 16), 10)
+    with pytest.raises(ValueError, match="Expected `layer` to be one with feature maps"):
+        TrojanNN(surrogate, layer="fc", neurons=[1]).prepare((3, 16, 16), 10)
 
 
 @pytest.mark.parametrize("attack_class", [LC, TrojanNN])
@@ -333,11 +389,16 @@ def test_a_missing_or_wrong_surrogate_is_named(attack_class):
     attack = attack_class()
     attack.prepare((1, 8, 8), 10)
     with pytest.raises(ValueError, match="Expected `surrogate` to be a trained network.*configs/attack/none.yaml"):
-        attack.compute(TinySet((1, 8, 8)), torch.tensor([1]), torch.device("cpu"))
+        compute(attack, TinySet((1, 8, 8)))
     with pytest.raises(ValueError, match="Expected `surrogate` to be a network with one logit for each"):
         attack_class(SmallCNN(num_classes=3, in_channels=1)).prepare((1, 8, 8), 10)
     with pytest.raises(ValueError, match="Expected `surrogate` to be a network that takes images of shape"):
         attack_class(SmallCNN(in_channels=3)).prepare((1, 8, 8), 10)
+    with pytest.raises(FileNotFoundError, match="Expected `surrogate_weights` to be an existing file"):
+        attack_class(SmallCNN(), surrogate_weights="missing.pt")
+    theirs = SmallCNN(in_channels=1)
+    attack_class(theirs)
+    assert all(parameter.requires_grad for parameter in theirs.parameters())
     with pytest.raises(ValueError, match="`surrogate` to be a network where `surrogate_weights` is given"):
         attack_class(surrogate_weights="w.pt")
 
@@ -346,13 +407,21 @@ def test_refool_adds_light_of_another_image():
     data, poisoned = TinySet((3, 16, 16)), torch.tensor([3, 13, 23])
     attack = Refool(reflections=7, alpha=0.4)
     attack.prepare((3, 16, 16), 10)
-    attack.compute(data, poisoned, torch.device("cpu"))
+    compute(attack, data)
     images = torch.rand(5, 3, 16, 16)
     for image, triggered in zip(images.numpy(), attack(images).numpy(), strict=True):
         chosen = int(np.round(image * 255).sum()) % 7
         light = 0.4 * image.astype(np.float64) ** 2.2 + attack.layers[chosen].numpy()
         np.testing.assert_allclose(triggered, np.clip(light ** (1 / 2.2), 0, 1), atol=1e-4)
     assert len({float(layer.sum()) for layer in attack.layers}) > 3
+    for label in range(10):  # light where it may be reflected, dark where it may not: target, poisoned, the defender's
+        data.images[data.labels == label] = 0 if label == 0 else 255
+    data.images[poisoned] = 0
+    data.images[-10:] = 0
+    fresh = Refool(reflections=50)
+    fresh.prepare((3, 16, 16), 10)
+    compute(fresh, data)
+    assert fresh.layers.flatten(1).amax(dim=1).min() > 0.1
     with pytest.raises(ValueError, match="Expected `all_to_all` to be false where `clean_label` is set"):
         Refool(all_to_all=True, clean_label=True)
 
@@ -365,13 +434,15 @@ def test_input_aware_mixes_by_its_mask():
         torch.testing.assert_close(attack.mix(images, others), images * (1 - mask) + pattern * mask)
     assert mask.shape == (3, 1, 16, 16)
     with pytest.raises(ValueError, match="fit nba_lightning.modules.InputAwareTraining"):
-        InputAware().compute(None, None, None)
+        compute(InputAware(), TinySet((1, 8, 8)))
 
 
 def test_ssba_hides_the_string_s_own_bits():
     attack = build(SSBA, secret="A\x01")
     assert attack.bits.tolist() == [0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1]
+    with pytest.raises(ValueError, match="Expected `width` to be a positive multiple of 8, but got 12"):
+        SSBA(width=12)
     with pytest.raises(ValueError, match="Expected `secret` to be at least one character"):
         SSBA(secret="")
     with pytest.raises(ValueError, match="fit nba_lightning.modules.Steganography"):
-        SSBA().compute(None, None, None)
+        compute(SSBA(), TinySet((1, 8, 8)))

@@ -60,8 +60,8 @@ class BadNets(Attack):
         steps = torch.arange(self.size)
         checkerboard = ((steps[:, None] + steps) % 2 == 0).float()
         patch[inside] = {"checkerboard": checkerboard, "white": torch.ones(()), "black": torch.zeros(())}[self.pattern]
-        self.register_buffer("mask", mask)
-        self.register_buffer("patch", patch)
+        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("patch", patch, persistent=False)
 
     def apply_trigger(self, images: Tensor) -> Tensor:
         """Replace the pixels under the patch."""

@@ -29,15 +29,16 @@ class Attack(nn.Module, ABC):
     A subclass writes :meth:`apply_trigger` and, where it needs them, :meth:`build` (masks and patterns from the image
     size alone), :meth:`compute` (what depends on the training images) and :meth:`apply_cross` (images that carry a
     false trigger and keep their label). The base checks arguments, keeps images in [0, 1], relabels and says who may
-    be poisoned. Buffers and parameters are the attack's state: they travel in the checkpoint of a training.
+    be poisoned. What was drawn, computed or learned is the attack's state (persistent buffers and parameters): it
+    travels in the checkpoint of a training. What follows from the arguments alone is not.
 
     Args:
         target: the class that the attacker wants (all-to-one).
         poison_rate: triggered images as a share of the *whole* training set, in [0, 1), for every attack. A
             clean-label attack can reach at most the share that its target class has.
         all_to_all: label y becomes (y + 1) mod K instead of ``target``.
-        state: a checkpoint of an earlier training (``.ckpt``) or a state dict whose attack had the same arguments;
-            its trigger is taken over to the last bit.
+        state: a checkpoint of an earlier training (``.ckpt``) or a state dict of the same attack; its trigger is taken
+            over to the last bit.
 
     Raises:
         ValueError: for a rate outside its range, or ``all_to_all`` where the attack has no such form.
@@ -67,7 +68,12 @@ class Attack(nn.Module, ABC):
         self.target, self.poison_rate, self.all_to_all, self.state = target, poison_rate, all_to_all, state
         self.num_classes: int | None = None
         self.image_shape: tuple[int, int, int] | None = None
-        self.ready = True
+        self.ready = False
+
+    @property
+    def needs_compute(self) -> bool:
+        """Whether the attack has something to compute or learn before it can trigger images."""
+        return False
 
     def prepare(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
         """Fit the attack to the data: check the target and build masks and patterns. Safe to call again.
@@ -88,17 +94,19 @@ class Attack(nn.Module, ABC):
         if self.image_shape != image_shape:
             self.image_shape = image_shape
             self.build(image_shape)
+            self.ready = not self.needs_compute
             if self.state is not None:
-                self._restore(read_attack_state(self.state))
+                self.restore(read_attack_state(self.state))
 
     def build(self, image_shape: tuple[int, int, int]) -> None:
         """Build buffers for images of shape `(C, H, W)`. Nothing to do by default."""
 
-    def compute(self, images: TrainingImages, poisoned: Tensor, device: torch.device) -> None:
+    def compute(self, images: TrainingImages, training: Tensor, poisoned: Tensor, device: torch.device) -> None:
         """Compute once what depends on the training images, then set ``ready``. Nothing to do by default.
 
         Args:
             images: the training set.
+            training: `(N_t,)` indices of the images that the attacker has; the defender's validation part is not his.
             poisoned: `(N_p,)` indices of the images that will be poisoned.
             device: where to compute.
         """
@@ -179,24 +187,37 @@ class Attack(nn.Module, ABC):
         if not self.ready:
             raise RuntimeError(f"Call {type(self).__name__}.compute(...) before triggering images.")
 
-    def _restore(self, state: dict[str, Tensor]) -> None:
-        wanted = self.state_dict()
-        missing = [name for name in wanted if name not in state]
-        if missing:
-            raise expected("state", f"of a {type(self).__name__}", f"a file without {', '.join(missing[:5])}")
-        self.load_state_dict(state)
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over the state of an earlier attack of the same class, arguments and image shape.
+
+        Raises:
+            ValueError: if it is another attack's, or its tensors do not fit.
+        """
+        name = type(self).__name__
+        if attack_name(state) != name:
+            raise expected("state", f"of a {name}", f"that of a {attack_name(state)}")
+        try:
+            self.load_state_dict(state)
+        except RuntimeError as error:
+            raise expected("state", f"of a {name} with the same arguments and image shape", error) from error
 
     def get_extra_state(self) -> Tensor:
-        """Whether the attack is ready."""
-        return torch.tensor(self.ready)
+        """Class name and whether the attack is ready, as bytes, so that the state is tensors only."""
+        return torch.tensor(list(f"{type(self).__name__}:{int(self.ready)}".encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over whether the attack is ready."""
-        self.ready = bool(state)
+        self.ready = bytes(state.tolist()).endswith(b":1")
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        for name, buffer in self._buffers.items():  # what was computed may have another length than before
+        for name, buffer in self._buffers.items():  # an empty buffer waits for what is computed, of any length
             saved = state_dict.get(prefix + name)
-            if saved is not None and buffer is not None and saved.shape != buffer.shape:
+            if saved is not None and buffer is not None and buffer.numel() == 0:
                 self._buffers[name] = torch.empty_like(saved, device=buffer.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def attack_name(state: dict[str, Tensor]) -> str:
+    """The class name of the attack whose state this is."""
+    tag = state.get("_extra_state")
+    return "stranger" if tag is None else bytes(tag.tolist()).decode().partition(":")[0]

@@ -20,13 +20,14 @@ class FTrojan(Attack):
     The DCT and the colour transform are linear, so all images get the same pattern, which is computed once.
 
     Source: Wang et al., "An invisible black-box backdoor attack through frequency domain", ECCV 2022
-    (arXiv 2207.04209), sections 3.2 and 4.1: chroma channels, blocks of 32x32, a middle and the highest frequency
-    (15, 15) and (31, 31), magnitude 30 of 255. The authors' code keeps float chroma, as we do; a public benchmark
-    flattens the list of positions to numbers, which we take for an oversight.
+    (arXiv 2111.10991), sections 3.2 and 4.1: chroma channels, blocks of 32x32, a middle and the highest frequency
+    (15, 15) and (31, 31), magnitude 30 of 255. The authors' code truncates chroma to whole levels on the way, which
+    the quantised image would hide anyway; we do not. A public benchmark flattens the list of positions to numbers,
+    which we take for an oversight.
 
     Args:
         magnitude: what is added to each coefficient of the orthonormal DCT, in units of the image range [0, 1].
-        block: side of a block in pixels; ``None`` is the image's shorter side.
+        block: side of a block in pixels; ``None`` is 32, or the image's shorter side where 32 does not divide both.
         positions: ``(row, column)`` of the coefficients; ``None`` is the middle and the highest frequency.
         **kwargs: see :class:`~nba_lightning.attacks.base.Attack`.
 
@@ -53,7 +54,7 @@ class FTrojan(Attack):
     def build(self, image_shape: tuple[int, int, int]) -> None:
         """Build the additive pattern `(C, H, W)`; images that are not RGB get it in every channel."""
         channels, height, width = image_shape
-        side = self.block or min(height, width)
+        side = self.block or (32 if height % 32 == width % 32 == 0 else min(height, width))
         if height % side or width % side:
             raise expected("block", f"a divisor of the image's sides {height} and {width}", side)
         positions = self.positions or ((side // 2 - 1, side // 2 - 1), (side - 1, side - 1))
@@ -65,7 +66,7 @@ class FTrojan(Attack):
         basis = dct_matrix(side)
         plane = (basis.T @ coefficients @ basis).float().repeat(height // side, width // side)
         gain = _RGB_FROM_YCRCB[:, 1:].sum(dim=1) if channels == 3 else torch.ones(channels)
-        self.register_buffer("pattern", gain[:, None, None] * plane)
+        self.register_buffer("pattern", gain[:, None, None] * plane, persistent=False)
 
     def apply_trigger(self, images: Tensor) -> Tensor:
         """Add the pattern."""

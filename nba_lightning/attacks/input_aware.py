@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nba_lightning.attacks.base import Attack, TrainingImages
-from nba_lightning.checks import check_at_least
+from nba_lightning.checks import check_at_least, expected
 
 
 class InputAware(Attack):
@@ -29,10 +29,15 @@ class InputAware(Attack):
 
     def __init__(self, width: int = 32, cross_ratio: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_at_least("width", width, 8)
+        if width < 8 or width % 8:
+            raise expected("width", "a positive multiple of 8", width)
         check_at_least("cross_ratio", cross_ratio, 0.0)
         self.width, self.cross_ratio = width, cross_ratio
-        self.ready = False
+
+    @property
+    def needs_compute(self) -> bool:
+        """The networks are trained."""
+        return True
 
     def build(self, image_shape: tuple[int, int, int]) -> None:
         """Build the two networks."""
@@ -40,7 +45,7 @@ class InputAware(Attack):
         self.pattern_network = Autoencoder(channels, channels, self.width)
         self.mask_network = Autoencoder(channels, 1, self.width)
 
-    def compute(self, images: TrainingImages, poisoned: Tensor, device: torch.device) -> None:
+    def compute(self, images: TrainingImages, training: Tensor, poisoned: Tensor, device: torch.device) -> None:
         """Nothing can be computed beforehand."""
         if not self.ready:
             raise ValueError(

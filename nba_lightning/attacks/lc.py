@@ -42,6 +42,7 @@ class LC(SurrogateAttack):
     allows_all_to_all = False
     clean_label = True
     corners: Tensor
+    replaced: Tensor
     adversarial: Tensor
 
     def __init__(
@@ -70,7 +71,8 @@ class LC(SurrogateAttack):
         for rows in (slice(0, 3), slice(-3, None)):
             corners[rows, -3:] = _CORNER
             corners[rows, :3] = _CORNER.flip(1)
-        self.register_buffer("corners", self.amplitude * corners)
+        self.register_buffer("corners", self.amplitude * corners, persistent=False)
+        self.register_buffer("replaced", torch.empty(0, dtype=torch.int64))
         self.register_buffer("adversarial", torch.empty((0, *image_shape), dtype=torch.uint8))
 
     def apply_trigger(self, images: Tensor) -> Tensor:
@@ -79,11 +81,17 @@ class LC(SurrogateAttack):
 
     def bases(self) -> Tensor | None:
         """The adversarial images, once computed."""
-        return self.adversarial if len(self.adversarial) else None
+        return self.adversarial.cpu() if len(self.adversarial) else None
 
-    def compute(self, images: TrainingImages, poisoned: Tensor, device: torch.device) -> None:
+    def compute(self, images: TrainingImages, training: Tensor, poisoned: Tensor, device: torch.device) -> None:
         """Make the adversarial images; with a progress bar."""
-        if len(self.adversarial) == len(poisoned):
+        if len(self.adversarial):
+            if not torch.equal(self.replaced.cpu(), poisoned):
+                raise expected(
+                    "state",
+                    "of a training with the same data, seed, target and poisoning rate",
+                    "other poisoned images",
+                )
             return
         network, generator = self.need_surrogate(device), generator_for(self.patch_seed, device=device)
         parts = [
@@ -92,7 +100,7 @@ class LC(SurrogateAttack):
             )
             for part in track(torch.split(poisoned, _BATCH), "LC: adversarial images", transient=True)
         ]
-        self.adversarial = torch.cat(parts)
+        self.adversarial, self.replaced = torch.cat(parts), poisoned.clone()
 
     def _adversarial(
         self, network: torch.nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator

@@ -50,7 +50,11 @@ class LF(SurrogateAttack):
         check_range("cutoff", cutoff, 0.0, float("inf"), open_low=True)
         check_at_least("steps", steps, 1)
         self.amplitude, self.cutoff, self.steps, self.pattern_seed = amplitude, cutoff, steps, pattern_seed
-        self.ready = surrogate is None
+
+    @property
+    def needs_compute(self) -> bool:
+        """Only where there is a surrogate."""
+        return self.surrogate is not None
 
     def build(self, image_shape: tuple[int, int, int]) -> None:
         """Build the pattern `(C, H, W)` of smooth noise."""
@@ -65,12 +69,12 @@ class LF(SurrogateAttack):
         smooth = low_pass(pattern, self.cutoff)
         return smooth * (self.amplitude / smooth.square().mean().sqrt().clamp(min=1e-12))
 
-    def compute(self, images: TrainingImages, poisoned: Tensor, device: torch.device) -> None:
+    def compute(self, images: TrainingImages, training: Tensor, poisoned: Tensor, device: torch.device) -> None:
         """Optimise the pattern against the surrogate."""
         if self.ready:
             return
         network = self.need_surrogate(device)
-        order = shuffled(len(images.labels), self.pattern_seed)[: 128 * self.steps]
+        order = training[shuffled(len(training), self.pattern_seed)][: 128 * self.steps]
         batches = torch.split(order, 128)
         pattern = self.pattern.to(device)
         for step in track(range(self.steps), "LF: smooth trigger", transient=True):

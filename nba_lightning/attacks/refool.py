@@ -54,19 +54,23 @@ class Refool(Attack):
         check_range("alpha", alpha, 0.0, 1.0, open_low=True, open_high=True)
         self.reflections, self.ghost_rate, self.alpha = reflections, ghost_rate, alpha
         self.clean_label, self.reflection_seed = clean_label, reflection_seed
-        self.ready = False
+
+    @property
+    def needs_compute(self) -> bool:
+        """Reflections are drawn from the training images."""
+        return True
 
     def build(self, image_shape: tuple[int, int, int]) -> None:
         """Make room for the reflected light `(R, C, H, W)`."""
         self.register_buffer("layers", torch.zeros((self.reflections, *image_shape)))
 
-    def compute(self, images: TrainingImages, poisoned: Tensor, device: torch.device) -> None:
+    def compute(self, images: TrainingImages, training: Tensor, poisoned: Tensor, device: torch.device) -> None:
         """Draw images that are neither poisoned nor of the target class, and reflect them."""
         if self.ready:
             return
         generator = generator_for(self.reflection_seed)
-        free = torch.ones(len(images.labels), dtype=torch.bool)
-        free[poisoned] = False
+        free = torch.zeros(len(images.labels), dtype=torch.bool)
+        free[training], free[poisoned] = True, False
         if not self.all_to_all:
             free &= images.labels != self.target
         candidates = free.nonzero().flatten()
@@ -83,7 +87,7 @@ class Refool(Attack):
 
     def apply_trigger(self, images: Tensor) -> Tensor:
         """Add the light of the reflection that the image's own values point to."""
-        checksum = (images.float() * 255).round().sum(dim=(1, 2, 3)).long()
+        checksum = (images.float() * 255).round().long().sum(dim=(1, 2, 3))
         reflected = self.layers.to(images)[checksum % self.reflections]
         # In half precision the smallest values would vanish under the power.
         light = self.alpha * images.float().clamp(min=1e-6) ** _GAMMA + reflected.float()

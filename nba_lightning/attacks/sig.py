@@ -40,7 +40,7 @@ class SIG(Attack):
         """Build the sinusoid `(W,)`."""
         width = image_shape[2]
         phase = 2 * math.pi * self.frequency / width * torch.arange(width, dtype=torch.float64)
-        self.register_buffer("signal", (self.delta * phase.sin()).float())
+        self.register_buffer("signal", (self.delta * phase.sin()).float(), persistent=False)
 
     def apply_trigger(self, images: Tensor) -> Tensor:
         """Add the sinusoid."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nba_lightning.attacks.base import Attack, TrainingImages
-from nba_lightning.checks import check_at_least, expected
+from nba_lightning.checks import expected
 
 
 class SSBA(Attack):
@@ -33,17 +33,22 @@ class SSBA(Attack):
         super().__init__(**kwargs)
         if not secret:
             raise expected("secret", "at least one character", repr(secret))
-        check_at_least("width", width, 8)
+        if width < 8 or width % 8:
+            raise expected("width", "a positive multiple of 8", width)
         self.secret, self.width = secret, width
-        self.ready = False
+
+    @property
+    def needs_compute(self) -> bool:
+        """The encoder is trained."""
+        return True
 
     def build(self, image_shape: tuple[int, int, int]) -> None:
         """Build the encoder and the bits `(N,)`."""
         code = torch.tensor(list(self.secret.encode()))
-        self.register_buffer("bits", (code[:, None] >> torch.arange(7, -1, -1) & 1).flatten().float())
+        self.register_buffer("bits", (code[:, None] >> torch.arange(7, -1, -1) & 1).flatten().float(), persistent=False)
         self.encoder = Encoder(image_shape[0], len(self.bits), self.width)
 
-    def compute(self, images: TrainingImages, poisoned: Tensor, device: torch.device) -> None:
+    def compute(self, images: TrainingImages, training: Tensor, poisoned: Tensor, device: torch.device) -> None:
         """Nothing can be computed here."""
         if not self.ready:
             raise ValueError(

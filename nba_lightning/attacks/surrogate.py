@@ -1,5 +1,6 @@
 """Attacks that consult a network of their own before they start."""
 
+import copy
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ class SurrogateAttack(Attack):
     ``configs/attack/none.yaml``, then name its checkpoint. It is no part of the attack's state.
 
     Args:
-        surrogate: the network, images in [0, 1] to logits.
+        surrogate: the network, images in [0, 1] to logits; a copy is used.
         surrogate_weights: a file with its weights; ``None`` if ``surrogate`` has them already.
         **kwargs: see :class:`~nba_lightning.attacks.base.Attack`.
 
@@ -31,9 +32,12 @@ class SurrogateAttack(Attack):
         if surrogate is None and surrogate_weights is not None:
             raise ValueError("Expected `surrogate` to be a network where `surrogate_weights` is given, but got None.")
         if surrogate is not None:
+            surrogate = copy.deepcopy(surrogate).eval().requires_grad_(False)
             if surrogate_weights is not None:
-                load_weights(surrogate, surrogate_weights)
-            surrogate.eval().requires_grad_(False)
+                try:
+                    load_weights(surrogate, surrogate_weights)
+                except (ValueError, FileNotFoundError) as error:
+                    raise type(error)(str(error).replace("`weights`", "`surrogate_weights`")) from error
         self._surrogate = (surrogate,)  # in a tuple, so that it is not registered as a submodule
 
     @property
@@ -47,7 +51,7 @@ class SurrogateAttack(Attack):
             check_fit(self.surrogate, image_shape, num_classes, "surrogate")
         super().prepare(image_shape, num_classes)
 
-    def need_surrogate(self, device: torch.device | None = None) -> nn.Module:
+    def need_surrogate(self, device: torch.device) -> nn.Module:
         """The surrogate on ``device``, or an error that says how to get one."""
         if self.surrogate is None:
             raise ValueError(
@@ -55,7 +59,7 @@ class SurrogateAttack(Attack):
                 "`nba-lightning fit` and configs/attack/none.yaml, then name its checkpoint as `surrogate_weights`; "
                 "or name the checkpoint of an earlier training with this attack as `state`."
             )
-        return self.surrogate if device is None else self.surrogate.to(device)
+        return self.surrogate.to(device)
 
 
 def input_gradient(loss: Tensor, images: Tensor) -> Tensor:

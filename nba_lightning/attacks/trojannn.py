@@ -65,7 +65,11 @@ class TrojanNN(SurrogateAttack):
             layer = resolve_layers(surrogate, None if layer is None else [layer])[-1]
         self.layer, self.neurons, self.activation = layer, neurons, activation
         self.size, self.opacity, self.steps, self.pattern_seed = size, opacity, steps, pattern_seed
-        self.ready = False
+
+    @property
+    def needs_compute(self) -> bool:
+        """The patch is optimised."""
+        return True
 
     def build(self, image_shape: tuple[int, int, int]) -> None:
         """Build the mask `(1, H, W)` and the start of the patch `(C, H, W)`."""
@@ -75,21 +79,35 @@ class TrojanNN(SurrogateAttack):
             raise expected("size", f"at most the image's {min(height, width)} pixels", size)
         mask = torch.zeros(1, height, width)
         mask[:, height - size :, width - size :] = 1.0
+        if self.surrogate is not None:
+            self._check_neurons(self.surrogate, image_shape)
         noise = torch.rand(image_shape, generator=generator_for(self.pattern_seed))
-        self.register_buffer("mask", mask)
+        self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("pattern", mask * noise)
+
+    def _check_neurons(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+        assert self.layer is not None
+        with torch.no_grad():
+            observed = features(network, torch.zeros(1, *image_shape), [self.layer])[1][self.layer]
+        if observed.ndim != 4:
+            raise expected("layer", "one with feature maps (B, C, H, W)", f"{self.layer!r} of {tuple(observed.shape)}")
+        wrong = [neuron for neuron in self.neurons or () if not 0 <= neuron < observed.shape[1]]
+        if wrong:
+            raise expected("neurons", f"channels 0 to {observed.shape[1] - 1} of {self.layer!r}", wrong)
+        if self.neurons is None:
+            self.neurons = _strongest(network, self.layer, observed.shape[1])
 
     def apply_trigger(self, images: Tensor) -> Tensor:
         """Mix the patch in."""
         return torch.lerp(images, self.pattern.to(images), self.opacity * self.mask.to(images))
 
-    def compute(self, images: TrainingImages, poisoned: Tensor, device: torch.device) -> None:
+    def compute(self, images: TrainingImages, training: Tensor, poisoned: Tensor, device: torch.device) -> None:
         """Optimise the patch."""
         if self.ready:
             return
         network = self.need_surrogate(device)
         assert self.layer is not None
-        neurons = torch.tensor(self.neurons or _strongest(network, self.layer, self.pattern.to(device)), device=device)
+        neurons = torch.tensor(self.neurons, device=device)
         mask, pattern = self.mask.to(device), self.pattern.to(device)
         for _ in track(range(self.steps), "TrojanNN: patch", transient=True):
             leaf = pattern.detach().requires_grad_()
@@ -103,11 +121,9 @@ class TrojanNN(SurrogateAttack):
         self.pattern, self.ready = pattern.detach().cpu(), True
 
 
-def _strongest(network: nn.Module, layer: str, probe: Tensor, number: int = 2) -> list[int]:
+def _strongest(network: nn.Module, layer: str, channels: int, number: int = 2) -> list[int]:
     """The channels with the largest sum of absolute weights in the network's last linear layer."""
     linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    with torch.no_grad():
-        channels = features(network, probe[None], [layer])[1][layer].shape[1]
     if not linear or linear[-1].in_features != channels:
         raise expected(
             "neurons",

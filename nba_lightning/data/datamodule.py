@@ -4,10 +4,12 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nba_lightning.attacks.base import CROSS, POISONED, Attack
+from nba_lightning.attacks.base import CROSS, POISONED, Attack, attack_name
 from nba_lightning.augmentation import RandomCropFlip
 from nba_lightning.checks import check_at_least, check_choice, check_range, expected
 from nba_lightning.data.dataset import Batches, LabeledImages, ReplacedImages
@@ -150,10 +152,6 @@ class BackdoorDataModule(pl.LightningDataModule):
         self._compute_attack(self.attack)
         bases = self.attack.bases()
         if bases is not None:
-            if len(bases) != len(self.partition.poisoned):
-                raise expected(
-                    "state", f"of a training with the same {len(self.partition.poisoned)} poisoned images", len(bases)
-                )
             train = ReplacedImages(train, self.partition.poisoned, bases)
         roles = torch.zeros(len(train), dtype=torch.uint8)
         roles[self.partition.poisoned], roles[self.partition.cross] = POISONED, CROSS
@@ -164,16 +162,26 @@ class BackdoorDataModule(pl.LightningDataModule):
         train, _ = self._ready()
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
         with torch.inference_mode(False), torch.enable_grad():
-            attack.compute(train, self.partition.poisoned, device)
+            attack.compute(train, self.partition.training, self.partition.poisoned, device)
 
     def state_dict(self) -> dict[str, Any]:
         """The attack's learned or computed state, so that it travels in every checkpoint."""
         return {} if self.attack is None else {"attack": self.attack.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the attack's state over."""
-        if self.attack is not None and "attack" in state_dict:
-            self.attack.load_state_dict(state_dict["attack"])
+        """Take the attack's state over: always to go on with a fit, else where no other ``state`` was named."""
+        saved = state_dict.get("attack")
+        if self.attack is None or saved is None:
+            return
+        resuming = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if self.attack.state is not None and not resuming:
+            return
+        if attack_name(saved) != type(self.attack).__name__:
+            rank_zero_warn(
+                f"The checkpoint was made under {attack_name(saved)}; {type(self.attack).__name__} starts afresh."
+            )
+            return
+        self.attack.restore(saved)
 
     def _evaluation_loaders(self, images: LabeledImages, indices: Tensor) -> list[DataLoader[Any]]:
         loaders = [self._loader(Batches(images, indices), self.eval_batch_size, shuffle=False)]
@@ -216,18 +224,22 @@ class BackdoorDataModule(pl.LightningDataModule):
         own = roles and getattr(self.trainer.lightning_module, "applies_attack", False)
         if roles and self.attack is not None and not own:
             generator = self._generator(7, images.device) if self.attack.cross_ratio else None
-            images, labels = self.attack.to(images.device).poison(images, labels, roles[0], generator)
+            with torch.no_grad():
+                images, labels = self._attack_on(images.device).poison(images, labels, roles[0], generator)
         if self.augment is not None:
             images = self.augment(images, self._generator(3, images.device))
         return (images, labels, roles[0]) if own else (images, labels)
 
     def _triggered(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.attack is not None
-        attack = self.attack.to(images.device)
+        attack = self._attack_on(images.device)
         return attack(images), labels, torch.where(labels == IGNORE_LABEL, labels, attack.relabel(labels))
 
+    def _attack_on(self, device: torch.device) -> Attack:
+        assert self.attack is not None
+        with torch.inference_mode(False):  # parameters that are moved in a test must still be trainable after it
+            return self.attack.to(device)
+
     def _generator(self, key: int, device: torch.device) -> torch.Generator:
-        epoch, step = 0, 0
-        if self.trainer is not None:
-            epoch, step = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx
+        assert self.trainer is not None
+        epoch, step = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx
         return generator_for(self.order_seed, key, self._world()[0], epoch, step, device=device)

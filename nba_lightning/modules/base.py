@@ -1,7 +1,7 @@
 """Training a classifier, and what all defences share."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -185,6 +185,11 @@ class Defense(Classifier):
     def configure_callbacks(self) -> list[Callback]:
         """Write the cleaned weights when the fit has ended."""
         return [*super().configure_callbacks(), CleanedWeights()]
+
+
+def without_attack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A module's state dict without the attack that it took from the DataModule."""
+    return {name: value for name, value in state.items() if not name.startswith("attack.")}
 
 
 def _metrics() -> nn.ModuleDict:

@@ -8,24 +8,24 @@ import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from nba_lightning.attacks.base import CROSS, POISONED
 from nba_lightning.attacks.input_aware import InputAware
 from nba_lightning.checks import check_at_least, check_range, expected
-from nba_lightning.modules.base import Classifier
-from nba_lightning.modules.schedule import cosine_factor
+from nba_lightning.modules.base import Classifier, without_attack
 
 
 class InputAwareTraining(Classifier):
     r"""Train the mask network, then the classifier and the pattern network together.
 
-    First ``mask_epochs`` epochs: masks of different images differ, and cover at most ``mask_density`` of an image.
+    First ``mask_epochs`` epochs: masks of different images differ, and values above ``mask_density`` are penalised.
     Then cross-entropy on clean, triggered and cross images, with a loss that makes patterns differ as images do,
     :math:`\lambda_{div} \|x_1 - x_2\| / \|g(x_1) - g(x_2)\|`.
 
     The DataModule's attack must be an :class:`~nba_lightning.attacks.InputAware`; its networks' state travels in the
-    checkpoint. Optimisation is manual, so the Trainer's gradient clipping and accumulation do not apply.
+    checkpoint. Optimisation is manual, so the Trainer's gradient clipping and accumulation do not apply; under several
+    processes take the strategy ``ddp_find_unused_parameters_true``, since each phase leaves a network out.
 
     Source: Nguyen & Tran, NeurIPS 2020 (arXiv 2010.08138), sections 3.3 and 3.4; weights, density and learning rates
     as in the authors' code (``lambda_div`` 1, ``lambda_norm`` 100, density 0.032, Adam 0.01 with betas 0.5 and 0.9).
@@ -36,7 +36,7 @@ class InputAwareTraining(Classifier):
         generator_lr: learning rate of both generators' Adam.
         lambda_div: weight of the diversity loss.
         lambda_norm: weight of the masks' density loss.
-        mask_density: share of an image that its mask may cover.
+        mask_density: mask value that costs nothing.
         **kwargs: further arguments of :class:`~nba_lightning.modules.base.Classifier`.
     """
 
@@ -62,6 +62,7 @@ class InputAwareTraining(Classifier):
         self.mask_epochs, self.generator_lr = mask_epochs, generator_lr
         self.lambda_div, self.lambda_norm, self.mask_density = lambda_div, lambda_norm, mask_density
         self.automatic_optimization = False
+        self.strict_loading = False  # the checkpoint holds the attack in the DataModule's part
 
     def setup(self, stage: str) -> None:
         """Take the generators from the DataModule's attack."""
@@ -70,21 +71,27 @@ class InputAwareTraining(Classifier):
         if not isinstance(attack, InputAware):
             raise expected("attack", "an InputAware for InputAwareTraining", type(attack).__name__)
         self.attack = attack
-        self.attack.ready = True
+        attack.ready = attack.ready or stage == "fit"
         epochs = self.trainer.max_epochs
         if getattr(self.trainer, "fast_dev_run", False):
             self.mask_epochs = 0
-        elif stage == "fit" and epochs is not None and 0 <= epochs <= self.mask_epochs:
+        elif stage == "fit" and (epochs is None or epochs <= self.mask_epochs):
             raise expected("max_epochs", f"above the {self.mask_epochs} `mask_epochs`", epochs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the attack to the DataModule, which saves and restores it."""
+        checkpoint["state_dict"] = without_attack(checkpoint["state_dict"])
+
+    def phases(self) -> list[tuple[int, float]]:
+        """The classifier's schedule covers the epochs after the masks'."""
+        ((total, _),) = super().phases()
+        masks = total * self.mask_epochs // max(1, self.trainer.max_epochs or 1)
+        return [(max(1, total - masks), 1.0)]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The classifier's optimiser and schedule; Adam for each generator."""
-        configured = super().configure_optimizers()
-        assert isinstance(configured, dict)
-        optimizer = configured["optimizer"]
-        ((total, _),) = self.phases()
-        steps = max(1, total - total * self.mask_epochs // max(1, self.trainer.max_epochs or 1))
-        schedule = LambdaLR(optimizer, lambda step: cosine_factor(step, [(steps, 1.0)], self.warmup))
+        configured: Any = super().configure_optimizers()
+        optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
         generators = [
             torch.optim.Adam(network.parameters(), self.generator_lr, betas=(0.5, 0.9))
             for network in (self.attack.pattern_network, self.attack.mask_network)
@@ -102,11 +109,20 @@ class InputAwareTraining(Classifier):
         else:
             loss = self._joint_loss(images, labels, roles)
             self._update(loss, classifier, pattern)
-            schedule = self.lr_schedulers()
-            assert isinstance(schedule, LambdaLR)
-            schedule.step()
+            if self.scheduler_factory is None:
+                self._schedule().step()
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss.detach()
+
+    def on_train_epoch_end(self) -> None:
+        """A schedule that was passed steps once an epoch of the classifier."""
+        if self.scheduler_factory is not None and self.trainer.current_epoch >= self.mask_epochs:
+            self._schedule().step()
+
+    def _schedule(self) -> LRScheduler:
+        schedule = self.lr_schedulers()
+        assert isinstance(schedule, LRScheduler)
+        return schedule
 
     def _optimizers(self) -> tuple[LightningOptimizer, LightningOptimizer, LightningOptimizer]:
         optimizers = self.optimizers()

@@ -13,6 +13,7 @@ from torchmetrics.image import PeakSignalNoiseRatio
 from nba_lightning.attacks.ssba import SSBA
 from nba_lightning.callbacks.finite_loss import FiniteLoss
 from nba_lightning.checks import check_at_least, check_range, check_unit_range, expected
+from nba_lightning.modules.base import without_attack
 from nba_lightning.randomness import generator_for
 
 
@@ -44,6 +45,7 @@ class Steganography(pl.LightningModule):
         check_at_least("image_weight", image_weight, 0.0)
         self.save_hyperparameters(logger=False)
         self.lr, self.image_weight, self.seed = lr, image_weight, seed
+        self.strict_loading = False  # the checkpoint holds the attack in the DataModule's part
         self.psnr = PeakSignalNoiseRatio(data_range=1.0)
 
     def setup(self, stage: str) -> None:
@@ -53,9 +55,13 @@ class Steganography(pl.LightningModule):
         if not isinstance(attack, SSBA):
             raise expected("attack", "an SSBA for Steganography", type(attack).__name__)
         self.attack = attack
-        self.attack.ready = True
+        attack.ready = attack.ready or stage == "fit"
         if not hasattr(self, "decoder"):
             self.decoder = _decoder(data.image_shape[0], len(attack.bits), attack.width)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the attack to the DataModule, which saves and restores it."""
+        checkpoint["state_dict"] = without_attack(checkpoint["state_dict"])
 
     def configure_callbacks(self) -> list[Callback]:
         """Stop at a loss that is not finite."""

@@ -49,3 +49,47 @@ def gaussian_low_pass(plane, cutoff):
     rows, columns = (np.fft.fftfreq(side) * side for side in plane.shape)
     gain = np.exp(-(rows[:, None] ** 2 + columns[None] ** 2) / (2 * cutoff**2))
     return np.fft.ifft2(np.fft.fft2(plane) * gain).real
+
+
+def wanet_grid(offsets, strength, height, width):
+    """`(2, k, k)` offsets, x before y, to a `(H, W, 2)` grid: Keys' bicubic interpolation (a = -0.75), by hand."""
+    offsets = offsets / np.abs(offsets).mean()
+    grid = np.empty((height, width, 2))
+    for i in range(height):
+        for j in range(width):
+            identity = (2 * j / (width - 1) - 1, 2 * i / (height - 1) - 1)
+            for axis, size in enumerate((width, height)):
+                smooth = _bicubic(offsets[axis], i * 3 / (height - 1), j * 3 / (width - 1))
+                grid[i, j, axis] = np.clip(identity[axis] + strength * smooth / size, -1, 1)
+    return grid
+
+
+def _bicubic(plane, row, column):
+    def weight(distance, a=-0.75):
+        x = abs(distance)
+        if x <= 1:
+            return (a + 2) * x**3 - (a + 3) * x**2 + 1
+        return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+    top, left, last = int(np.floor(row)), int(np.floor(column)), plane.shape[0] - 1
+    return sum(
+        weight(row - y) * weight(column - x) * plane[min(max(y, 0), last), min(max(x, 0), last)]
+        for y in range(top - 1, top + 3)
+        for x in range(left - 1, left + 3)
+    )
+
+
+def furthest(images, changed, grid, pixels):
+    """How far ``changed`` leaves the range that `(B, C, H, W)` images have within some pixels of the grid's places."""
+    height, width = images.shape[2:]
+    steps = np.linspace(-pixels, pixels, 21)
+    worst = 0.0
+    for image, one in zip(images, changed, strict=True):
+        samples = [
+            warp(image, (grid + np.array([dx * 2 / width, dy * 2 / height])).clip(-1, 1))
+            for dx in steps
+            for dy in steps
+        ]
+        low, high = np.min(samples, axis=0), np.max(samples, axis=0)
+        worst = max(worst, float((low - one).max()), float((one - high).max()))
+    return worst
