@@ -20,12 +20,13 @@ import lightning.pytorch as pl
 from attacks import ATTACKS, attack_for, fit, implant
 from common import CLEAN_FRACTION, DEFENSE_BATCH_SIZE, data, load, parser, provenance, test, write
 
-from nba_lightning import NBA, Classifier, FineTuning
+from nba_lightning import FTSAM, NAD, NBA, Classifier, FineTuning
 from nba_lightning.data import Source
 from nba_lightning.functional import defense_effectiveness_rating
 
-DEFENSES: dict[str, Callable[..., Classifier]] = {"fine_tuning": FineTuning, "nba": NBA}
-EPOCHS = {"fine_tuning": 10, "nba": 30}
+DEFENSES: dict[str, Callable[..., Classifier]] = {"fine_tuning": FineTuning, "nad": NAD, "ft_sam": FTSAM, "nba": NBA}
+EPOCHS = {"fine_tuning": 10, "nad": 20, "ft_sam": 100, "nba": 30}
+BATCH_SIZES = {"nad": 64, "ft_sam": 256}
 
 
 def defend(args: argparse.Namespace, source: Source, name: str, defense: str, seed: int) -> None:
@@ -40,7 +41,7 @@ def defend(args: argparse.Namespace, source: Source, name: str, defense: str, se
         source,
         attack_for(args, name),
         train_on="clean",
-        batch_size=DEFENSE_BATCH_SIZE,
+        batch_size=BATCH_SIZES.get(defense, DEFENSE_BATCH_SIZE),
         order_seed=seed,
     )
     settings = dict(args.set)
@@ -50,7 +51,7 @@ def defend(args: argparse.Namespace, source: Source, name: str, defense: str, se
     cell = {"attack": name, "defense": label, "seed": seed, **test(args, module, datamodule)}
     cell["der"] = round(defense_effectiveness_rating(before["acc"], before["asr"], cell["acc"], cell["asr"]), 6)
     cell |= {"seconds": seconds, "clean_fraction": CLEAN_FRACTION, "poison_rate": before["poison_rate"]}
-    cell |= {"settings": {"epochs": epochs, "batch_size": DEFENSE_BATCH_SIZE} | dict(args.set), **provenance(args)}
+    cell |= {"settings": {"epochs": epochs, "batch_size": datamodule.batch_size} | dict(args.set), **provenance(args)}
     write(path, cell)
 
 

@@ -19,18 +19,25 @@ from nba_lightning.callbacks import NonFiniteLossError, PseudoSampleRegeneration
 from nba_lightning.features import features
 from nba_lightning.functional import channel_gram
 from nba_lightning.modules.base import check_fit
-from nba_lightning.modules.nba import exchange_weights, frozen_statistics
+from nba_lightning.modules.distillation import Distillation, exchange_weights
 from nba_lightning.modules.schedule import cosine_factor
+from nba_lightning.modules.statistics import frozen_statistics
 from nba_lightning.networks import Normalize, SmallCNN
 from nba_lightning.pseudo import SamplePerturbations, UniversalPerturbations
 from nba_lightning.weights import save_weights
 
-DEFENSES = [cls for cls in Defense.__subclasses__() if cls.__module__.startswith("nba_lightning")]
+DEFENSES = [
+    cls
+    for cls in (*Defense.__subclasses__(), *Distillation.__subclasses__())
+    if cls.__module__.startswith("nba_lightning") and cls is not Distillation
+]
 
 
 def build(defense, network, **kwargs):
+    if issubclass(defense, Distillation):
+        kwargs = {"teacher_epochs": 1} | kwargs
     if defense is NBA:
-        kwargs = {"teacher_epochs": 1, "pseudo": UniversalPerturbations(2, rms=0.2, steps=2)} | kwargs
+        kwargs = {"pseudo": UniversalPerturbations(2, rms=0.2, steps=2)} | kwargs
     return defense(network, **kwargs)
 
 
@@ -67,7 +74,7 @@ def test_resumed_equals_uninterrupted(defense, stop, network, trainer, tmp_path)
         data = BackdoorDataModule(attack=BadNets(), train_on="clean", batch_size=16, augment=RandomCropFlip(1))
         module = (
             build(defense, copy.deepcopy(network), teacher_epochs=2)
-            if defense is NBA
+            if issubclass(defense, Distillation)
             else build(defense, copy.deepcopy(network))
         )
         saver = ModelCheckpoint(tmp_path / folder, save_last=True, every_n_epochs=1)

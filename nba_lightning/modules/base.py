@@ -150,9 +150,13 @@ class Classifier(pl.LightningModule):
         """The optimiser step at which each phase of the learning rate ends, and its height as a factor on ``lr``."""
         return [(max(1, int(self.trainer.estimated_stepping_batches)), 1.0)]
 
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the optimiser steps: only the network's own parameters by default."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD with a cosine, or what was passed. Only the network's own parameters."""
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        """SGD with a cosine, or what was passed."""
+        parameters = self.trained_parameters()
         if self.optimizer_factory is not None:
             optimizer = self.optimizer_factory(parameters)
         else:

@@ -1,0 +1,101 @@
+"""The core step of each rival defence against an independent formulation."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nba_lightning import FTSAM, NAD
+from nba_lightning.features import features
+from nba_lightning.modules.ft_sam import adaptive_step
+from nba_lightning.networks import SmallCNN
+
+
+def ready(module, trainer):
+    module.trainer, module.log = trainer(), lambda *args, **kwargs: None
+    return module
+
+
+def test_nad_s_loss_is_the_equation(network, trainer):
+    teacher = SmallCNN(width=4, in_channels=1)
+    module = ready(NAD(network, teacher=teacher, betas=[1.0, 2.0, 3.0]), trainer).eval()
+    images, labels = torch.rand(5, 1, 8, 8), torch.randint(0, 10, (5,))
+    loss = module.training_step((images, labels), 1)
+    names = ["block1", "block2", "block3"]
+    logits, observed = features(network, images, names)
+    wanted = features(teacher, images, names)[1]
+    expected = nn.functional.cross_entropy(logits, labels)
+    for beta, name in zip((1.0, 2.0, 3.0), names, strict=True):
+        total, count = 0.0, 0
+        for mine, theirs in zip(observed[name], wanted[name], strict=True):  # one image and one position at a time
+            maps = [(f**2).sum(dim=0).flatten() for f in (mine, theirs)]
+            maps = [m / (m**2).sum().sqrt() for m in maps]
+            total, count = total + ((maps[0] - maps[1]) ** 2).sum(), count + len(maps[0])
+        expected = expected + beta * total / count
+    torch.testing.assert_close(loss, expected)
+
+
+def test_nad_s_defaults_and_bad_arguments(network):
+    assert NAD(network).betas == [500.0, 1000.0, 1000.0]
+    with pytest.raises(ValueError, match=r"Expected `betas` to be 3 weights, one for each layer, but got \[1.0\]"):
+        NAD(network, betas=[1.0])
+    with pytest.raises(ValueError, match="Expected `betas` to be at least 0, but got -1"):
+        NAD(network, betas=[1.0, -1.0, 1.0])
+    with pytest.raises(ValueError, match="got blok. Available"):
+        NAD(network, layers=["blok"])
+
+
+def test_the_adaptive_step_by_hand():
+    weights = [torch.tensor([3.0, -1.0]), torch.tensor([2.0])]
+    gradients = [torch.tensor([1.0, 2.0]), torch.tensor([0.0])]
+    first, second = adaptive_step(weights, gradients, rho=2.0)
+    norm = (3.0**2 + 2.0**2) ** 0.5  # of |w| g = (3, 2, 0)
+    torch.testing.assert_close(first, torch.tensor([2 * 9 / norm, 2 * 2 / norm]))
+    assert second.item() == 0.0
+    scaled = adaptive_step(weights, [1000 * g for g in gradients], rho=2.0)
+    torch.testing.assert_close(scaled[0], first)
+
+
+def test_ft_sam_steps_along_the_gradient_at_the_moved_weights(trainer):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    images, labels = torch.rand(6, 1, 2, 2), torch.randint(0, 3, (6,))
+    module = ready(FTSAM(copy.deepcopy(network), rho=0.5, label_smoothing=0.1), trainer)
+    module.training_step((images, labels), 1).backward()
+    moved = [p.clone() for p in module.model.parameters()]
+    module.on_after_backward()
+    linear = network[1]
+    loss = nn.functional.cross_entropy(network(images), labels, label_smoothing=0.1)
+    gradients = torch.autograd.grad(loss, [linear.weight, linear.bias])
+    norm = sum((w.abs() * g).pow(2).sum() for w, g in zip(network.parameters(), gradients, strict=True)).sqrt()
+    with torch.no_grad():
+        for weight, gradient in zip(network.parameters(), gradients, strict=True):
+            weight.add_(0.5 * weight**2 * gradient / norm)
+    nn.functional.cross_entropy(network(images), labels, label_smoothing=0.1).backward()
+    for mine, theirs, was in zip(module.model.parameters(), network.parameters(), moved, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+        torch.testing.assert_close(was, theirs)
+        assert not torch.equal(mine, theirs)  # moved back
+
+
+def test_ft_sam_s_second_pass_sees_the_moved_weights_under_autocast(network, trainer):
+    images, labels = torch.rand(6, 1, 8, 8), torch.randint(0, 10, (6,))
+    losses = []
+    for rho in (0.0, 5.0):
+        module = ready(FTSAM(copy.deepcopy(network), rho=rho), trainer).eval()
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # keeps half-precision copies of weights for one context
+            losses.append(module.training_step((images, labels), 1).item())
+    assert losses[1] > losses[0] + 0.05
+
+
+def test_ft_sam_leaves_the_statistics_of_the_second_pass_alone(network, trainer):
+    images, labels = torch.rand(6, 1, 8, 8), torch.randint(0, 10, (6,))
+    plain = copy.deepcopy(network).train()
+    plain(images)
+    module = ready(FTSAM(network, rho=5.0), trainer).train()
+    module.training_step((images, labels), 1)
+    for name, value in plain.named_buffers():
+        torch.testing.assert_close(dict(network.named_buffers())[name], value)
+    with pytest.raises(ValueError, match="Expected `rho` to be in"):
+        FTSAM(network, rho=-1.0)
