@@ -1,10 +1,21 @@
 """Remove backdoors from image classifiers by Neural Behavioral Alignment, as PyTorch Lightning parts."""
 
 from nba_lightning.data import BackdoorDataModule
-from nba_lightning.modules import FTSAM, NAD, NBA, Classifier, Defense, FineTuning, InputAwareTraining, Steganography
+from nba_lightning.modules import (
+    ANP,
+    FTSAM,
+    NAD,
+    NBA,
+    Classifier,
+    Defense,
+    FineTuning,
+    InputAwareTraining,
+    Steganography,
+)
 
 __version__ = "0.1.0"
 __all__ = [
+    "ANP",
     "FTSAM",
     "NAD",
     "NBA",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nba_lightning import NBA, BackdoorDataModule, Classifier, Defense, FineTuning
+from nba_lightning import ANP, NBA, BackdoorDataModule, Classifier, Defense, FineTuning
 from nba_lightning.attacks import BadNets, Blended
 from nba_lightning.augmentation import RandomCropFlip
 from nba_lightning.behaviors import FSP
@@ -36,6 +36,8 @@ DEFENSES = [
 def build(defense, network, **kwargs):
     if issubclass(defense, Distillation):
         kwargs = {"teacher_epochs": 1} | kwargs
+    if defense is ANP:
+        kwargs = {"threshold": 1.0} | kwargs  # a short fit moves masks a little only
     if defense is NBA:
         kwargs = {"pseudo": UniversalPerturbations(2, rms=0.2, steps=2)} | kwargs
     return defense(network, **kwargs)
@@ -63,7 +65,7 @@ def test_every_defense_changes_the_network_and_leaves_its_keys_and_dtypes(
     trainer(max_epochs=2).fit(module, clean_digits)
     cleaned = load_file(tmp_path / "cleaned.safetensors")
     assert {name: value.dtype for name, value in cleaned.items()} == {n: v.dtype for n, v in before.items()}
-    assert not torch.equal(cleaned["fc.weight"], before["fc.weight"])
+    assert not states_equal(cleaned, before)
     assert states_equal(cleaned, module.model.state_dict())
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nba_lightning import FTSAM, NAD
+from nba_lightning import ANP, FTSAM, NAD
 from nba_lightning.features import features
 from nba_lightning.modules.ft_sam import adaptive_step
 from nba_lightning.networks import SmallCNN
@@ -99,3 +99,60 @@ def test_ft_sam_leaves_the_statistics_of_the_second_pass_alone(network, trainer)
         torch.testing.assert_close(dict(network.named_buffers())[name], value)
     with pytest.raises(ValueError, match="Expected `rho` to be in"):
         FTSAM(network, rho=-1.0)
+
+
+def scaled(network, masks, deltas, xis):
+    """A copy of a network whose BatchNorm weights and biases are changed in place."""
+    changed = copy.deepcopy(network)
+    norms = [module for module in changed.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm, mask, delta, xi in zip(norms, masks, deltas, xis, strict=True):
+            norm.weight.mul_(mask + delta)
+            norm.bias.mul_(1 + xi)
+    return changed
+
+
+def test_anp_s_loss_is_the_equation_at_the_worst_perturbation(network, trainer):
+    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+    module = ready(ANP(network, epsilon=0.3, alpha=0.25), trainer).eval()
+    with torch.no_grad():
+        for mask in module.masks:
+            mask.uniform_(0.2, 1.0)
+    images, labels = torch.rand(8, 1, 8, 8), torch.randint(0, 10, (8,))
+    worst = {}
+    find = module._worst
+    module._worst = lambda *args: worst.setdefault("noise", find(*args))
+    loss = module.training_step((images, labels), 1)
+    deltas, xis = worst["noise"]
+    zeros = [torch.zeros_like(mask) for mask in module.masks]
+    entropies = [
+        nn.functional.cross_entropy(scaled(network, module.masks, *noise)(images), labels)
+        for noise in ((zeros, zeros), (deltas, xis))
+    ]
+    torch.testing.assert_close(loss, 0.25 * entropies[0] + 0.75 * entropies[1])
+    assert max(float(noise.abs().max()) for noise in (*deltas, *xis)) <= 0.3 + 1e-6
+    random = [[(torch.rand_like(mask) * 2 - 1) * 0.3 for mask in module.masks] for _ in range(2)]
+    assert entropies[1] > nn.functional.cross_entropy(scaled(network, module.masks, *random)(images), labels)
+
+
+def test_anp_prunes_what_its_masks_say_and_trains_nothing_else(network, trainer, clean_digits):
+    before = copy.deepcopy(network.state_dict())
+    module = ANP(network, lr=0.0001, threshold=0.5)
+    with torch.no_grad():
+        module.masks[1][2] = 0.1
+    trainer().fit(module, clean_digits)
+    after, norm = network.state_dict(), module.norms[1]
+    for name, value in before.items():
+        wanted = value.clone()
+        if name in (f"{norm}.weight", f"{norm}.bias"):
+            wanted[2] = 0.0
+        torch.testing.assert_close(after[name], wanted)
+
+
+def test_bad_arguments_of_anp():
+    with pytest.raises(ValueError, match="Expected `model` to be a network with BatchNorm layers that have weights"):
+        ANP(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
+    with pytest.raises(ValueError, match=r"Expected `alpha` to be in \[0, 1\], but got 2"):
+        ANP(SmallCNN(), alpha=2)

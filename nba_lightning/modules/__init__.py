@@ -1,5 +1,6 @@
 """LightningModules: poisoned training and defences. One file each."""
 
+from nba_lightning.modules.anp import ANP
 from nba_lightning.modules.base import Classifier, Defense
 from nba_lightning.modules.distillation import Distillation
 from nba_lightning.modules.fine_tuning import FineTuning
@@ -10,6 +11,7 @@ from nba_lightning.modules.nba import NBA
 from nba_lightning.modules.steganography import Steganography
 
 __all__ = [
+    "ANP",
     "FTSAM",
     "NAD",
     "NBA",
