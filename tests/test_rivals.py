@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from nba_lightning import ANP, FTSAM, NAD
+from nba_lightning import ANP, FTSAM, NAD, FinePruning
 from nba_lightning.features import features
+from nba_lightning.modules.fine_pruning import keep_mask
 from nba_lightning.modules.ft_sam import adaptive_step
 from nba_lightning.networks import SmallCNN
 
@@ -156,3 +157,28 @@ def test_bad_arguments_of_anp():
         ANP(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
     with pytest.raises(ValueError, match=r"Expected `alpha` to be in \[0, 1\], but got 2"):
         ANP(SmallCNN(), alpha=2)
+
+
+def test_features_are_cut_as_long_as_accuracy_allows():
+    linear = nn.Linear(4, 4, bias=False)
+    nn.init.eye_(linear.weight)
+    features, labels = torch.eye(4).repeat_interleave(5, dim=0), torch.arange(4).repeat_interleave(5)
+    padded = torch.cat([features, torch.ones(3, 4)]), torch.cat([labels, torch.full((3,), -1)])
+    # Without input k, the five images of class k have equal logits and go to class 0.
+    assert keep_mask(linear, *padded, [3, 2, 1, 0], drop=0.0).tolist() == [1, 1, 1, 1]
+    assert keep_mask(linear, *padded, [3, 2, 1, 0], drop=0.25).tolist() == [1, 1, 1, 0]
+    assert keep_mask(linear, *padded, [3, 2, 1, 0], drop=0.5).tolist() == [1, 1, 0, 0]
+    assert keep_mask(linear, *padded, [3, 2, 1, 0], drop=1.0).tolist() == [1, 0, 0, 0]
+
+
+def test_fine_pruning_cuts_the_sleeping_feature_and_keeps_it_cut(network, trainer, clean_digits):
+    norm = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)][-1]
+    with torch.no_grad():
+        norm.weight[5], norm.bias[5] = 0.0, -1.0  # asleep under a ReLU
+    module = FinePruning(network, max_drop=1.0)
+    trainer(max_epochs=2).fit(module, clean_digits)
+    assert module.kept[5] == 0
+    assert module.kept.sum() == 1  # all accuracy may go, so the liveliest stays alone
+    assert (network.fc.weight[:, module.kept == 0] == 0).all()
+    with pytest.raises(ValueError, match="Expected `model` to be a network with a linear layer"):
+        FinePruning(nn.Conv2d(1, 10, 8))

@@ -3,6 +3,7 @@
 from nba_lightning.modules.anp import ANP
 from nba_lightning.modules.base import Classifier, Defense
 from nba_lightning.modules.distillation import Distillation
+from nba_lightning.modules.fine_pruning import FinePruning
 from nba_lightning.modules.fine_tuning import FineTuning
 from nba_lightning.modules.ft_sam import FTSAM
 from nba_lightning.modules.input_aware import InputAwareTraining
@@ -18,6 +19,7 @@ __all__ = [
     "Classifier",
     "Defense",
     "Distillation",
+    "FinePruning",
     "FineTuning",
     "InputAwareTraining",
     "Steganography",
