@@ -1,15 +1,17 @@
 """The core step of each rival defence against an independent formulation."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from nba_lightning import ANP, FTSAM, NAD, FinePruning
+from nba_lightning import ANP, FTSAM, NAD, SAU, FinePruning
 from nba_lightning.features import features
 from nba_lightning.modules.fine_pruning import keep_mask
 from nba_lightning.modules.ft_sam import adaptive_step
+from nba_lightning.modules.sau import unlearning_loss
 from nba_lightning.networks import SmallCNN
 
 
@@ -182,3 +184,59 @@ def test_fine_pruning_cuts_the_sleeping_feature_and_keeps_it_cut(network, traine
     assert (network.fc.weight[:, module.kept == 0] == 0).all()
     with pytest.raises(ValueError, match="Expected `model` to be a network with a linear layer"):
         FinePruning(nn.Conv2d(1, 10, 8))
+
+
+def test_sau_s_unlearning_loss_image_by_image():
+    logits, answers = torch.randn(4, 3), torch.tensor([0, 2, 1, 0])
+    fooled = torch.tensor([True, False, True, True])
+    total = 0.0
+    for one, answer, counts in zip(logits, answers, fooled, strict=True):
+        if counts:
+            others = [math.exp(one[k]) for k in range(3) if k != answer]
+            total -= math.log(sum(others) / (sum(others) + math.exp(one[answer])))
+    assert unlearning_loss(logits, answers, fooled).item() == pytest.approx(total / 4, rel=1e-4)
+    certain = torch.tensor([[-20.0, 20.0]], requires_grad=True)
+    unlearning_loss(certain, torch.tensor([0]), torch.tensor([True])).backward()
+    assert (certain.grad == 0).all()  # forgotten is forgotten
+
+
+def test_sau_s_perturbations_fool_both_networks_alike(trainer):
+    torch.manual_seed(0)
+    module = ready(SAU(SmallCNN(width=8, in_channels=1), epsilon=0.5, step_size=0.1, steps=20), trainer).eval()
+    with torch.no_grad():
+        for weight in module.model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    images, labels = torch.rand(32, 1, 8, 8), torch.randint(0, 10, (32,))
+    perturbations = module.craft(images, labels)
+    assert perturbations.abs().max() <= 0.5 + 1e-6
+
+    def both_wrong(shift):
+        old = [network(images).argmax(1) for network in (module.model, module.suspicious)]
+        new = [network(images + shift).argmax(1) for network in (module.model, module.suspicious)]
+        return ((new[0] == new[1]) & (new[0] != old[0]) & (new[1] != old[1])).float().mean()
+
+    noise = 0.5 * torch.randn_like(images).sign()
+    assert both_wrong(perturbations) > both_wrong(noise)
+    before = [network(images).argmax(dim=1) for network in (module.model, module.suspicious)]
+    logits = [network(images + noise) for network in (module.model, module.suspicious)]
+    wanted = 0.0
+    for i in range(32):  # one image at a time
+        answers = [one[i].argmax() for one in logits]
+        done = [answer != old[i] for answer, old in zip(answers, before, strict=True)]
+        for one, stop in zip(logits, done, strict=True):
+            wanted -= 0.0 if stop else 0.01 / 2 * nn.functional.cross_entropy(one[i : i + 1], labels[i : i + 1])
+        if not (done[0] and done[1] and answers[0] == answers[1]):
+            p, q = (one[i].softmax(dim=0) for one in logits)
+            m = (p + q) / 2
+            wanted += ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2
+    torch.testing.assert_close(module._crafting_loss(logits, before, labels), wanted / 32)
+
+
+def test_sau_leaves_batchnorm_statistics_alone_and_uses_adam(network, trainer, clean_digits):
+    before = {name: value.clone() for name, value in network.named_buffers()}
+    module = SAU(network, steps=1)
+    trainer().fit(module, clean_digits)
+    assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())
+    assert isinstance(module.optimizers(use_pl_optimizer=False), torch.optim.Adam)
+    with pytest.raises(ValueError, match="Expected `unlearning` to be at least 0, but got -1"):
+        SAU(network, unlearning=-1)

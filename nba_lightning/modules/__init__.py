@@ -9,6 +9,7 @@ from nba_lightning.modules.ft_sam import FTSAM
 from nba_lightning.modules.input_aware import InputAwareTraining
 from nba_lightning.modules.nad import NAD
 from nba_lightning.modules.nba import NBA
+from nba_lightning.modules.sau import SAU
 from nba_lightning.modules.steganography import Steganography
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "FTSAM",
     "NAD",
     "NBA",
+    "SAU",
     "Classifier",
     "Defense",
     "Distillation",
