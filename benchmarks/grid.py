@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 from attacks import ATTACKS, attack_for, fit, implant
 from common import CLEAN_FRACTION, DEFENSE_BATCH_SIZE, data, load, parser, provenance, test, write
 
-from nba_lightning import ANP, FTSAM, NAD, NBA, SAU, Classifier, FinePruning, FineTuning
+from nba_lightning import ANP, FTSAM, IBAU, NAD, NBA, SAU, Classifier, FinePruning, FineTuning
 from nba_lightning.data import Source
 from nba_lightning.functional import defense_effectiveness_rating
 
@@ -29,12 +29,22 @@ DEFENSES: dict[str, Callable[..., Classifier]] = {
     "fine_pruning": FinePruning,
     "nad": NAD,
     "anp": ANP,
+    "i_bau": IBAU,
     "ft_sam": FTSAM,
     "sau": SAU,
     "nba": NBA,
 }
-EPOCHS = {"fine_tuning": 10, "fine_pruning": 100, "nad": 20, "anp": 118, "ft_sam": 100, "sau": 100, "nba": 30}
-BATCH_SIZES = {"fine_pruning": 256, "nad": 64, "anp": 128, "ft_sam": 256, "sau": 256}
+EPOCHS = {
+    "fine_tuning": 10,
+    "fine_pruning": 100,
+    "nad": 20,
+    "anp": 118,
+    "i_bau": 5,
+    "ft_sam": 100,
+    "sau": 100,
+    "nba": 30,
+}
+BATCH_SIZES = {"fine_pruning": 256, "nad": 64, "anp": 128, "i_bau": 256, "ft_sam": 256, "sau": 256}
 
 
 def defend(args: argparse.Namespace, source: Source, name: str, defense: str, seed: int) -> None:

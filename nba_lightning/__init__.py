@@ -4,6 +4,7 @@ from nba_lightning.data import BackdoorDataModule
 from nba_lightning.modules import (
     ANP,
     FTSAM,
+    IBAU,
     NAD,
     NBA,
     SAU,
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ANP",
     "FTSAM",
+    "IBAU",
     "NAD",
     "NBA",
     "SAU",

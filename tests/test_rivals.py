@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from nba_lightning import ANP, FTSAM, NAD, SAU, FinePruning
+from nba_lightning import ANP, FTSAM, IBAU, NAD, SAU, FinePruning
 from nba_lightning.features import features
 from nba_lightning.modules.fine_pruning import keep_mask
 from nba_lightning.modules.ft_sam import adaptive_step
+from nba_lightning.modules.i_bau import hypergradient
 from nba_lightning.modules.sau import unlearning_loss
 from nba_lightning.networks import SmallCNN
 
@@ -240,3 +241,43 @@ def test_sau_leaves_batchnorm_statistics_alone_and_uses_adam(network, trainer, c
     assert isinstance(module.optimizers(use_pl_optimizer=False), torch.optim.Adam)
     with pytest.raises(ValueError, match="Expected `unlearning` to be at least 0, but got -1"):
         SAU(network, unlearning=-1)
+
+
+def test_the_hypergradient_of_a_quadratic_game_in_closed_form():
+    torch.manual_seed(0)
+    root, cross = torch.randn(3, 3, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    curvature = root @ root.T + torch.eye(3, dtype=torch.float64)
+    theta = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    unused = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    inverse = torch.linalg.inv(curvature)
+    best = inverse @ cross @ theta.detach()  # minimises d'Ad/2 - d'B theta
+    rate = 1.0 / float(torch.linalg.eigvalsh(curvature).max())
+
+    def outer(d):
+        return (d**2).sum() + (theta**3).sum()
+
+    value, (gradient, none) = hypergradient(
+        outer, lambda d: d - rate * (curvature @ d - cross @ theta), best, [theta, unused], iterations=500
+    )
+    wanted = 3 * theta**2 + cross.T @ inverse @ (2 * best)
+    torch.testing.assert_close(gradient, wanted.detach())
+    assert none.item() == 0
+    assert value.item() == pytest.approx(float(outer(best)))
+    one = hypergradient(outer, lambda d: d - rate * (curvature @ d - cross @ theta), best, [theta], iterations=1)[1][0]
+    torch.testing.assert_close(one, (3 * theta**2 + rate * cross.T @ (2 * best)).detach())
+
+
+def test_i_bau_finds_a_perturbation_that_hurts_and_keeps_the_statistics(network, trainer, clean_digits):
+    before = {name: value.clone() for name, value in network.named_buffers()}
+    module = IBAU(network, penalty=0.0, portion=0.5)
+    trainer(max_epochs=2).fit(module, clean_digits)
+    assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())
+    assert module.perturbation.shape == (1, 1, 8, 8)
+    images = torch.rand(64, 1, 8, 8)
+    with torch.no_grad():
+        answers = network(images).argmax(dim=1)
+        hurt = nn.functional.cross_entropy(network(images + module.perturbation), answers)
+        plain = nn.functional.cross_entropy(network(images), answers)
+    assert hurt > plain
+    with pytest.raises(ValueError, match=r"Expected `portion` to be in \(0, 1\], but got 0"):
+        IBAU(network, portion=0)
