@@ -211,3 +211,19 @@ def test_a_schedule_of_one_s_own_is_used(small, trainer):
     module = InputAwareTraining(small, mask_epochs=1, scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5))
     trainer(max_epochs=3).fit(module, digits(InputAware(width=8)))
     assert module.optimizers()[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.25)
+
+
+def test_the_patterns_come_to_rest_with_the_classifier(small, trainer):
+    module, seen = InputAwareTraining(small, mask_epochs=1, warmup=0.0), []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            seen.append([optimizer.param_groups[0]["lr"] for optimizer in pl_module.optimizers()])
+
+    trainer(max_epochs=3, callbacks=[Look()]).fit(module, digits(InputAware(width=8)))
+    classifier, pattern, mask = (torch.tensor(rates) for rates in zip(*seen, strict=True))
+    third = len(seen) // 3
+    assert pattern[: third - 1].eq(0.01).all()  # the masks' epoch
+    assert torch.allclose(pattern / 0.01, classifier / 0.1)
+    assert pattern[-1] < 1e-6
+    assert mask.eq(0.01).all()

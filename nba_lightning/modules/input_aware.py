@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from nba_lightning.attacks.base import CROSS, POISONED
 from nba_lightning.attacks.input_aware import InputAware
 from nba_lightning.checks import check_at_least, check_range, expected
 from nba_lightning.modules.base import Classifier, without_attack
+from nba_lightning.modules.schedule import cosine_factor
 
 
 class InputAwareTraining(Classifier):
@@ -33,7 +34,8 @@ class InputAwareTraining(Classifier):
     Args:
         model: the network.
         mask_epochs: epochs for the mask network alone, out of the Trainer's ``max_epochs``.
-        generator_lr: learning rate of both generators' Adam.
+        generator_lr: learning rate of both generators' Adam; the pattern network's falls with the classifier's, by a
+            cosine to 0 over the joint epochs (the authors step both down, each five and four times).
         lambda_div: weight of the diversity loss.
         lambda_norm: weight of the masks' density loss.
         mask_density: mask value that costs nothing.
@@ -89,14 +91,17 @@ class InputAwareTraining(Classifier):
         return [(max(1, total - masks), 1.0)]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The classifier's optimiser and schedule; Adam for each generator."""
+        """The classifier's optimiser and schedule; Adam for each generator, the pattern's with the same cosine."""
         configured: Any = super().configure_optimizers()
         optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-        generators = [
+        pattern, mask = (
             torch.optim.Adam(network.parameters(), self.generator_lr, betas=(0.5, 0.9))
             for network in (self.attack.pattern_network, self.attack.mask_network)
-        ]
-        return [optimizer, *generators], [schedule]
+        )
+        # Patterns that went on moving after the classifier has come to rest would leave it behind.
+        phases = self.phases()
+        pattern_schedule = LambdaLR(pattern, lambda step: cosine_factor(step, phases, self.warmup))
+        return [optimizer, pattern, mask], [schedule, pattern_schedule]
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """One step of the mask network, or of classifier and pattern network."""
@@ -109,20 +114,22 @@ class InputAwareTraining(Classifier):
         else:
             loss = self._joint_loss(images, labels, roles)
             self._update(loss, classifier, pattern)
+            classifier_schedule, pattern_schedule = self._schedules()
+            pattern_schedule.step()
             if self.scheduler_factory is None:
-                self._schedule().step()
+                classifier_schedule.step()
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss.detach()
 
     def on_train_epoch_end(self) -> None:
         """A schedule that was passed steps once an epoch of the classifier."""
         if self.scheduler_factory is not None and self.trainer.current_epoch >= self.mask_epochs:
-            self._schedule().step()
+            self._schedules()[0].step()
 
-    def _schedule(self) -> LRScheduler:
-        schedule = self.lr_schedulers()
-        assert isinstance(schedule, LRScheduler)
-        return schedule
+    def _schedules(self) -> list[LRScheduler]:
+        schedules = self.lr_schedulers()
+        assert isinstance(schedules, list)
+        return [schedule for schedule in schedules if isinstance(schedule, LRScheduler)]
 
     def _optimizers(self) -> tuple[LightningOptimizer, LightningOptimizer, LightningOptimizer]:
         optimizers = self.optimizers()
