@@ -5,128 +5,134 @@
     python benchmarks/attacks.py --table                               # the table of the rows that are there
     python benchmarks/attacks.py --root .data/cifar10 --gallery gallery.png
 
-A clean model is trained first, alike but without an attack. It is the surrogate of LC and TrojanNN, the measure of what
-an attack costs in ACC, and gives for every trigger the ASR (floor) and RA (ceiling) of a model never poisoned with it.
-Backdoored models and attack states are kept under ``--work``.
+The attacks are those of ``configs/attack``, as they stand there. A clean model is trained first, alike but without an
+attack. It is the surrogate of LC and TrojanNN, the measure of what an attack costs in ACC, and gives for every trigger
+the ASR (floor) and RA (ceiling) of a model never poisoned with it. Backdoored models and attack states are kept under
+``--work``.
 """
 
 import argparse
 import json
-import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from common import BATCH_SIZE, data, load, network, parser, provenance, test, trainer, write
+from common import (
+    ATTACKS,
+    BATCH_SIZE,
+    CONFIGS,
+    build,
+    config,
+    data,
+    done,
+    load,
+    merged,
+    network,
+    network_spec,
+    parser,
+    provenance,
+    quiet,
+    run_cells,
+    test,
+    trainer,
+)
+from meter import metered
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from nba_lightning import BackdoorDataModule, Classifier, InputAwareTraining, Steganography
-from nba_lightning.attacks import (
-    BPP,
-    LC,
-    LF,
-    SIG,
-    SSBA,
-    Attack,
-    BadNets,
-    Blended,
-    FTrojan,
-    InputAware,
-    Refool,
-    TrojanNN,
-    WaNet,
-)
+from nba_lightning import BackdoorDataModule, Classifier
+from nba_lightning.attacks import SSBA, Attack
+from nba_lightning.attacks.surrogate import SurrogateAttack
 from nba_lightning.data import Source
 from nba_lightning.figures import gallery_figure
 from nba_lightning.weights import load_weights, save_weights
 
-ATTACKS: dict[str, Callable[..., Attack]] = {
-    "badnets": BadNets,
-    "blended": Blended,
-    "trojannn": TrojanNN,
-    "lf": LF,
-    "sig": SIG,
-    "lc": LC,
-    "wanet": WaNet,
-    "input_aware": InputAware,
-    "bpp": BPP,
-    "ssba": SSBA,
-    "refool": Refool,
-    "ftrojan": FTrojan,
-}
-NEED_SURROGATE = ("trojannn", "lc")
-MASK_EPOCHS, ENCODER_EPOCHS = 2, 2
+
+class Row(NamedTuple):
+    """A backdoored model; ``clean`` is the one that nobody poisoned."""
+
+    attack: str
+    rate: float | None = None
+    defense: str = "none"
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        return self.attack if self.rate is None else f"{self.attack}-{self.rate:g}"
 
 
-def clean_model(args: argparse.Namespace, source: Source) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The model that nobody poisoned, trained once."""
-    weights, record = args.work / "clean.safetensors", args.results / "clean-none-0.json"
-    model = network()
-    if weights.exists() and record.exists():
-        load_weights(model, weights)
-        return model, json.loads(record.read_text())
-    pl.seed_everything(0, verbose=False)
-    model = network()
-    module, datamodule = Classifier(model), data(source, None, batch_size=BATCH_SIZE)
-    seconds = fit(args, module, datamodule, args.epochs)
-    cell = {"attack": "clean", "defense": "none", "seed": 0, **test(args, module, datamodule), "seconds": seconds}
-    cell |= {"settings": {"epochs": args.epochs, "batch_size": BATCH_SIZE}, **provenance(args)}
-    save_weights(model.state_dict(), weights)
-    write(record, cell)
-    return model, cell
+def implanted(args: argparse.Namespace, label: str) -> torch.nn.Module:
+    """The backdoored (or clean) model that was trained."""
+    model = network(args)
+    load_weights(model, args.work / f"{label}.safetensors")
+    return model
 
 
-def fit(args: argparse.Namespace, module: pl.LightningModule, datamodule: BackdoorDataModule, epochs: int) -> float:
-    start = time.perf_counter()
-    trainer(args, epochs).fit(module, datamodule)
-    return round(time.perf_counter() - start, 1)
+def attack_for(args: argparse.Namespace, name: str, **changes: Any) -> Attack:
+    """The attack of a config; ``state=...`` for the very trigger that was implanted."""
+    spec = merged(config("attack", name)["data"]["init_args"]["attack"], {"init_args": changes})
+    attack: Attack = build(Attack, spec)
+    return attack
 
 
-def attack_for(args: argparse.Namespace, name: str) -> Attack:
-    """The attack with the state it was implanted with."""
-    return ATTACKS[name](state=str(args.work / f"{name}.attack.safetensors"))
+def state_file(args: argparse.Namespace, label: str) -> str:
+    return str(args.work / f"{label}.attack.safetensors")
 
 
-def fresh_attack(args: argparse.Namespace, source: Source, name: str, **kwargs: Any) -> Attack:
+def fresh_attack(args: argparse.Namespace, source: Source, row: Row) -> Attack:
     """The attack with the surrogate or encoder it needs first."""
-    if name in NEED_SURROGATE:
-        return ATTACKS[name](surrogate=clean_model(args, source)[0], **kwargs)
-    if name == "ssba":
-        attack = SSBA(**kwargs)
-        seconds = fit(args, Steganography(), data(source, attack, batch_size=BATCH_SIZE), ENCODER_EPOCHS)
-        print(f"ssba's encoder: {seconds} seconds", flush=True)
-        return attack
-    return ATTACKS[name](**kwargs)
+    changes = {} if row.rate is None else {"poison_rate": row.rate}
+    attack = attack_for(args, row.attack, **changes)
+    if isinstance(attack, SurrogateAttack):
+        surrogate = {"surrogate": network_spec(args), "surrogate_weights": str(args.work / "clean.safetensors")}
+        return attack_for(args, row.attack, **changes, **surrogate)
+    if isinstance(attack, SSBA):
+        first = config("implant", "steganography")
+        datamodule = data(args, source, attack, batch_size=BATCH_SIZE)
+        trainer(args, first["trainer"]["max_epochs"]).fit(build(pl.LightningModule, first["model"]), datamodule)
+    return attack
 
 
-def implant(args: argparse.Namespace, source: Source, name: str) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The backdoored model and its row, trained once."""
-    label = name if args.poison_rate is None else f"{name}-{args.poison_rate:g}"
-    weights, record = args.work / f"{label}.safetensors", args.results / f"{label}-none-0.json"
-    model = network()
-    if weights.exists() and record.exists():
-        load_weights(model, weights)
-        return model, json.loads(record.read_text())
-    clean, reference = clean_model(args, source)
-    pl.seed_everything(0, verbose=False)
-    model = network()
-    attack = fresh_attack(args, source, name, **({} if args.poison_rate is None else {"poison_rate": args.poison_rate}))
-    datamodule = data(source, attack, batch_size=BATCH_SIZE)
-    joint = isinstance(attack, InputAware)
-    module = InputAwareTraining(model, mask_epochs=MASK_EPOCHS) if joint else Classifier(model)
-    seconds = fit(args, module, datamodule, args.epochs + MASK_EPOCHS * joint)
-    cell = {"attack": name, "defense": "none", "seed": 0, "poison_rate": attack.poison_rate}
-    cell |= {**test(args, Classifier(model), datamodule), **visibility(attack, source), "seconds": seconds}
-    cell |= {"clean_acc": reference["acc"], "clean_seconds": reference["seconds"]}
-    cell["never_poisoned"] = test(args, Classifier(clean), datamodule)
-    cell |= {"settings": {"epochs": args.epochs, "batch_size": BATCH_SIZE}, **provenance(args)}
-    save_weights(model.state_dict(), weights)
-    save_weights(attack.state_dict(), args.work / f"{label}.attack.safetensors")
-    write(record, cell)
-    return model, cell
+def implant(args: argparse.Namespace, source: Source, row: Row) -> dict[str, Any]:
+    """Train one model and give its row."""
+    pl.seed_everything(row.seed, verbose=False)
+    model, module, epochs = network(args), config("defense", "none")["model"], args.epochs
+    attack = None if row.attack == "clean" else fresh_attack(args, source, row)
+    if (CONFIGS / "implant" / f"{row.attack}.yaml").exists():
+        module = config("implant", row.attack)["model"]
+        epochs += module["init_args"].get("mask_epochs", 0)
+    implanting = build(Classifier, merged(module, {"init_args": {"model": network_spec(args)}}))
+    implanting.model = model
+    datamodule = data(args, source, attack, batch_size=BATCH_SIZE)
+    with metered(implanting, type(model)) as meter:
+        trainer(args, epochs).fit(implanting, datamodule)
+    cell = {"attack": row.attack, "defense": "none", "seed": row.seed, **test(args, Classifier(model), datamodule)}
+    if attack is not None:
+        cell |= {"poison_rate": attack.poison_rate, **visibility(attack, source), **references(args, datamodule)}
+        save_weights(attack.state_dict(), Path(state_file(args, row.label)))
+    cell |= {"seconds": meter.seconds, "peak_memory_mib": meter.peak_memory_mib}
+    cell |= {"settings": {"epochs": epochs, "batch_size": BATCH_SIZE}, **provenance(args)}
+    save_weights(model.state_dict(), args.work / f"{row.label}.safetensors")
+    return cell
+
+
+def references(args: argparse.Namespace, datamodule: BackdoorDataModule) -> dict[str, Any]:
+    """What the clean model shows, with and without the trigger."""
+    figures = test(args, Classifier(implanted(args, "clean")), datamodule)
+    return {"clean_acc": figures["acc"], "never_poisoned": figures}
+
+
+def implant_all(args: argparse.Namespace, source: Source, rows: list[Row]) -> int:
+    """Train the models that are missing, the clean one first; how many failed."""
+
+    def named(some: list[Row]) -> list[tuple[str, Any]]:
+        return [(f"{row.label}-none-0", row) for row in some]
+
+    if not done(args.results / "clean-none-0.json") or not (args.work / "clean.safetensors").exists():
+        (args.results / "clean-none-0.json").unlink(missing_ok=True)
+        if run_cells(args, source, implant, named([Row("clean")])):
+            raise SystemExit("The clean model could not be trained; see clean-none-0.json.")
+    return run_cells(args, source, implant, named(rows))
 
 
 @torch.no_grad()
@@ -154,6 +160,9 @@ def table(results: Path) -> str:
         if not path.exists():
             continue
         row = json.loads(path.read_text())
+        if "error" in row:
+            lines.append(f"| {row['attack']} | failed: {row['error']} |")
+            continue
         percent = [row["acc"], row["clean_acc"], row["asr"], row["never_poisoned"]["asr"], row["never_poisoned"]["ra"]]
         cells = [f"{100 * row['poison_rate']:g} %", *(f"{100 * value:.1f}" for value in percent)]
         cells += [f"{row['psnr']:.1f}", f"{row['ssim']:.3f}", f"{row['seconds']:.0f}"]
@@ -168,9 +177,8 @@ def gallery(args: argparse.Namespace, source: Source) -> None:
     shown = images.read(torch.tensor([args.image])).float() / 255
     triggered = {}
     for name in ATTACKS:
-        state = args.work / f"{name}.attack.safetensors"
-        if state.exists():
-            attack = attack_for(args, name)
+        if Path(state_file(args, name)).exists():
+            attack = attack_for(args, name, state=state_file(args, name))
             attack.prepare(images.shape, int(images.labels.max()) + 1)
             triggered[name] = attack(shown)[0]
     gallery_figure(shown[0], triggered, args.gallery)
@@ -178,9 +186,9 @@ def gallery(args: argparse.Namespace, source: Source) -> None:
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore")
+    quiet()
     options = parser(__doc__, "attacks")
-    options.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=ATTACKS)
+    options.add_argument("--attacks", nargs="+", default=ATTACKS, choices=ATTACKS)
     options.add_argument("--poison-rate", type=float, help="another rate than the attack's own")
     options.add_argument("--table", action="store_true", help="print the table of what is there, train nothing")
     options.add_argument("--gallery", type=Path, help="draw all implanted attacks into this file, train nothing")
@@ -193,8 +201,8 @@ def main() -> None:
     if args.gallery:
         gallery(args, source)
         return
-    for name in args.attacks:
-        implant(args, source, name)
+    failed = implant_all(args, source, [Row(name, args.poison_rate) for name in args.attacks])
+    raise SystemExit(f"{failed} rows failed; their JSON says why." if failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,42 @@
-"""What the benchmarks share: the network, the data, the Trainer, provenance, and a JSON file for each cell."""
+"""What the benchmarks share: parts built from ``configs/``, the Trainer, cells run side by side, provenance, JSON."""
 
 import argparse
 import json
+import logging
 import platform
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import lightning
 import lightning.pytorch as pl
 import torch
+import torch.multiprocessing
 import torchmetrics
 import torchvision
+import yaml
+from jsonargparse import ArgumentParser
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
 import nba_lightning
 from nba_lightning import BackdoorDataModule, Classifier
 from nba_lightning.attacks import Attack
 from nba_lightning.augmentation import RandomCropFlip
-from nba_lightning.data import ImageFolderSource, Source
+from nba_lightning.data import Source
 from nba_lightning.data.dataset import LabeledImages
-from nba_lightning.networks import WideResNet
 
 HERE = Path(__file__).parent
-CLEAN_FRACTION, BATCH_SIZE, DEFENSE_BATCH_SIZE = 0.05, 128, 50
+CONFIGS = HERE.parent / "configs"
+ATTACKS = sorted(path.stem for path in (CONFIGS / "attack").glob("*.yaml") if path.stem != "none")
+BATCH_SIZE, DEFENSE_BATCH_SIZE = 128, 50
 
 
 class Loaded(Source):
-    """A source that is read once for all cells."""
+    """A source that is read once for all cells; its tensors are shared between processes."""
 
     def __init__(self, source: Source) -> None:
         self.sets = source.load()
@@ -35,41 +46,70 @@ class Loaded(Source):
 
 
 def parser(description: str | None, results: str) -> argparse.ArgumentParser:
-    """Arguments of every benchmark on an image folder."""
+    """Arguments of every benchmark that trains."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--root", default=".data/cifar10", help="image folder with train/<class>/*, test/<class>/*")
-    found.add_argument("--source", default="CIFAR-10, JPEG copy", help="its name in the results")
+    found.add_argument("--data", default="image_folder", help="source and augmentation: a file of configs/data")
+    found.add_argument("--root", help="folder of the source, other than the config's")
+    found.add_argument("--source", default="CIFAR-10, JPEG copy", help="the source's name in the results")
+    found.add_argument("--network", default="wide_resnet16_1", help="a file of configs/network")
     found.add_argument("--epochs", type=int, default=15, help="epochs of the poisoned training")
     found.add_argument("--precision", default="bf16-mixed")
     found.add_argument("--results", type=Path, default=HERE / "results" / results)
-    found.add_argument("--work", type=Path, default=Path("runs/benchmark"), help="where backdoored models are kept")
-    found.add_argument("--progress", action="store_true", help="show progress bars")
+    found.add_argument("--work", type=Path, default=Path("runs/benchmark"), help="where models are kept")
+    found.add_argument("--jobs", type=int, default=1, help="cells that run at the same time, each in its own process")
     return found
 
 
+def config(kind: str, name: str) -> Any:
+    """A file of ``configs/``, as nested dictionaries."""
+    return yaml.safe_load((CONFIGS / kind / f"{name}.yaml").read_text())
+
+
+def merged(base: Any, change: Any) -> Any:
+    """``base`` with the values of ``change``, which win; as Lightning's command line composes its files."""
+    if not isinstance(base, dict) or not isinstance(change, dict):
+        return change
+    return {key: merged(base.get(key), change[key]) if key in change else base[key] for key in {**base, **change}}
+
+
+def build(base: type, spec: Any) -> Any:
+    """An instance from ``class_path`` and ``init_args``."""
+    instances = ArgumentParser(exit_on_error=False)
+    instances.add_argument("--part", type=base)
+    return instances.instantiate_classes(instances.parse_object({"part": spec})).part
+
+
+def network_spec(args: argparse.Namespace) -> Any:
+    return config("network", args.network)["model"]["init_args"]["model"]
+
+
+def network(args: argparse.Namespace) -> nn.Module:
+    model: nn.Module = build(nn.Module, network_spec(args)).to(memory_format=torch.channels_last)
+    return model
+
+
 def load(args: argparse.Namespace) -> Source:
-    return Loaded(ImageFolderSource(args.root))
+    spec = config("data", args.data)["data"]["init_args"]["source"]
+    if args.root is not None:
+        spec = merged(spec, {"init_args": {"root": args.root}})
+    return Loaded(build(Source, spec))
 
 
-def network() -> torch.nn.Module:
-    return WideResNet(16, 1).to(memory_format=torch.channels_last)
-
-
-def data(source: Source, attack: Attack | None, **kwargs: Any) -> BackdoorDataModule:
-    return BackdoorDataModule(
-        source, attack, augment=RandomCropFlip(), clean_fraction=CLEAN_FRACTION, eval_batch_size=500, **kwargs
-    )
+def data(args: argparse.Namespace, source: Source, attack: Attack | None, **kwargs: Any) -> BackdoorDataModule:
+    augment = build(RandomCropFlip, config("data", args.data)["data"]["init_args"]["augment"])
+    return BackdoorDataModule(source, attack, augment=augment, eval_batch_size=500, **kwargs)
 
 
 def trainer(args: argparse.Namespace, epochs: int) -> pl.Trainer:
     return pl.Trainer(
         max_epochs=epochs,
+        devices=1,
         precision=args.precision,
         logger=False,
         enable_checkpointing=False,
         limit_val_batches=0,
         enable_model_summary=False,
-        enable_progress_bar=args.progress,
+        enable_progress_bar=False,
         default_root_dir=args.work,
     )
 
@@ -87,11 +127,11 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
     versions = {m.__name__: m.__version__ for m in (torch, torchvision, lightning, torchmetrics, nba_lightning)}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {
-        "network": "WideResNet-16-1",
+        "network": args.network,
         "source": args.source,
         "precision": args.precision,
         "versions": {**versions, "python": platform.python_version()},
-        "hardware": f"{device}, {platform.machine()}, {torch.get_num_threads()} threads",
+        "hardware": f"{device}, {platform.machine()}, {torch.get_num_threads()} threads, {args.jobs} at a time",
     }
 
 
@@ -101,5 +141,84 @@ def write(path: Path, cell: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(cell, indent=1) + "\n")
     partial.replace(path)
-    shown = {name: cell[name] for name in ("acc", "asr", "ra", "der", "seconds") if name in cell}
-    print(path.stem, shown, flush=True)
+
+
+def done(path: Path) -> bool:
+    """Whether a cell is there and did not fail."""
+    return path.exists() and "error" not in json.loads(path.read_text())
+
+
+def cells(folder: Path) -> Iterator[dict[str, Any]]:
+    """All cells of a folder, by name."""
+    for path in sorted(folder.glob("*.json")):
+        yield json.loads(path.read_text())
+
+
+def quiet() -> None:
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+Work = Callable[[argparse.Namespace, Source, Any], dict[str, Any]]
+_worker: dict[str, Any] = {}
+
+
+def run_cells(args: argparse.Namespace, source: Source, work: Work, tasks: Sequence[tuple[str, Any]]) -> int:
+    """Run what is missing, ``args.jobs`` at a time, with one progress bar; each result is written when it ends.
+
+    Args:
+        args: what :func:`parser` gives.
+        source: the images.
+        work: from ``args``, ``source`` and a task to the cell; a function of a module.
+        tasks: name of the result and task. Those whose result is there are skipped, failures are tried again.
+
+    Returns:
+        How many failed. Their results hold ``error``.
+    """
+    open_tasks = [(name, task) for name, task in tasks if not done(args.results / f"{name}.json")]
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    failed = 0
+    with Progress(TextColumn("{task.description}"), *columns) as progress:
+        bar = progress.add_task("cells", total=len(tasks), completed=len(tasks) - len(open_tasks))
+        for name, cell in _results(args, source, work, open_tasks):
+            write(args.results / f"{name}.json", cell)
+            failed += "error" in cell
+            shown = [f"{key} {100 * cell[key]:.1f}" for key in ("acc", "asr", "ra", "der") if key in cell]
+            progress.console.print(name, *shown, cell.get("error", ""), soft_wrap=True)
+            progress.advance(bar)
+    return failed
+
+
+def _results(
+    args: argparse.Namespace, source: Source, work: Work, tasks: Sequence[tuple[str, Any]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    if args.jobs <= 1:
+        for name, task in tasks:
+            yield name, _guarded(work, args, source, task)
+        return
+    context = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(args.jobs, len(tasks) or 1), context, _start_worker, (args, source, work)) as pool:
+        running: dict[Future[dict[str, Any]], str] = {pool.submit(_in_worker, task): name for name, task in tasks}
+        for future in as_completed(running):
+            try:
+                yield running[future], future.result()
+            except BrokenProcessPool:
+                raise SystemExit("A worker process died (out of memory?). What was written stays; run again.") from None
+
+
+def _start_worker(args: argparse.Namespace, source: Source, work: Work) -> None:
+    quiet()
+    torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
+    _worker.update(args=args, source=source, work=work)
+
+
+def _in_worker(task: Any) -> dict[str, Any]:
+    return _guarded(_worker["work"], _worker["args"], _worker["source"], task)
+
+
+def _guarded(work: Work, args: argparse.Namespace, source: Source, task: Any) -> dict[str, Any]:
+    try:
+        return work(args, source, task)
+    except Exception as error:  # a cell that fails is a result, and must not stop the others
+        return {**task._asdict(), "error": f"{type(error).__name__}: {error}"}

@@ -59,10 +59,11 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "cost.json")
     args = parser.parse_args()
-    args.progress, args.work, args.source = False, Path("runs/cost"), "random images, 3x32x32"
+    args.data, args.network, args.jobs = "image_folder", "wide_resnet16_1", 1
+    args.work, args.source = Path("runs/benchmark"), "random images, 3x32x32"
     images, labels = torch.rand(args.images, 3, 32, 32), torch.randint(0, 10, (args.images,))
     loader = DataLoader(TensorDataset(images, labels), DEFENSE_BATCH_SIZE, drop_last=True)
-    counted = NBA(Counter(network()), teacher=Counter(network()))
+    counted = NBA(Counter(network(args)), teacher=Counter(network(args)))
     fit(args, counted, loader)
     networks = {"student": counted.model, "teacher": counted.teacher, "suspicious": counted.suspicious}
     passes = {
@@ -70,11 +71,11 @@ def main() -> None:
         for name, inner in networks.items()
         for kind in ("forwards", "backwards")
     }
-    fit(args, FineTuning(network()), loader)
+    fit(args, FineTuning(network(args)), loader)
     ratios = []
     for _ in range(args.rounds):
-        aligned = fit(args, NBA(network(), teacher=network()), loader)
-        ratios.append(aligned / fit(args, FineTuning(network()), loader))
+        aligned = fit(args, NBA(network(args), teacher=network(args)), loader)
+        ratios.append(aligned / fit(args, FineTuning(network(args)), loader))
     ratio = {"mean": round(statistics.mean(ratios), 3), "std": round(statistics.stdev(ratios), 3), "n": len(ratios)}
     result = {
         "passes_per_image_and_epoch": passes,

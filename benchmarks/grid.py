@@ -1,102 +1,113 @@
-"""Attacks x defences x seeds on an image folder: one JSON file a cell, resuming where it was stopped.
+"""Attacks x defences x seeds: one JSON file a cell, resuming where it was stopped.
 
-    python benchmarks/grid.py --root .data/cifar10 --attacks badnets blended
+    python benchmarks/grid.py --root .data/cifar10 --jobs 2
+    python benchmarks/grid.py --root .data/cifar10 --attacks badnets sig --defenses nba sau --seeds 0
+    python benchmarks/grid.py --root .data/cifar10 --ablations all --attacks badnets blended sig
+    python benchmarks/grid.py --root .data/cifar10 --defenses nba nad --clean-fraction 0.01
+    python benchmarks/report.py                                # table and figure of what is there
 
-Every model is tested once, after its last epoch. The backdoored model of an attack is trained once (see attacks.py) and
-kept under ``--work``; the seeds are those of the defences: of their own draws, and of the order and augmentation of the
-defender's images, which are the same for all.
+Defences are those of ``configs/defense``, as they stand there; ablations are files of ``benchmarks/ablations``, laid
+over ``configs/defense/nba.yaml``. The attack ``clean`` is none: every defence on a model that nobody poisoned. Every
+model is tested once, after its last epoch. The backdoored model of an attack is trained once (see attacks.py) and kept
+under ``--work``, the cleaned ones beside it; the seeds are those of the defences: of their own draws, and of the order
+and augmentation of the defender's images, which are the same for all.
 """
 
 import argparse
-import copy
 import json
-import statistics
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-from attacks import ATTACKS, attack_for, fit, implant
-from common import CLEAN_FRACTION, DEFENSE_BATCH_SIZE, data, load, parser, provenance, test, write
+import torch
+import yaml
+from attacks import Row, attack_for, implant_all, state_file
+from common import (
+    ATTACKS,
+    CONFIGS,
+    HERE,
+    build,
+    config,
+    data,
+    load,
+    merged,
+    network_spec,
+    parser,
+    provenance,
+    quiet,
+    run_cells,
+    test,
+    trainer,
+)
+from meter import metered
 
-from nba_lightning import ANP, FTSAM, IBAU, NAD, NBA, SAU, Classifier, FinePruning, FineTuning
 from nba_lightning.data import Source
 from nba_lightning.functional import defense_effectiveness_rating
+from nba_lightning.modules.base import Defense
+from nba_lightning.weights import save_weights
 
-DEFENSES: dict[str, Callable[..., Classifier]] = {
-    "fine_tuning": FineTuning,
-    "fine_pruning": FinePruning,
-    "nad": NAD,
-    "anp": ANP,
-    "i_bau": IBAU,
-    "ft_sam": FTSAM,
-    "sau": SAU,
-    "nba": NBA,
-}
-EPOCHS = {
-    "fine_tuning": 10,
-    "fine_pruning": 100,
-    "nad": 20,
-    "anp": 118,
-    "i_bau": 5,
-    "ft_sam": 100,
-    "sau": 100,
-    "nba": 30,
-}
-BATCH_SIZES = {"fine_pruning": 256, "nad": 64, "anp": 128, "i_bau": 256, "ft_sam": 256, "sau": 256}
+DEFENSES = sorted(path.stem for path in (CONFIGS / "defense").glob("*.yaml") if path.stem != "none")
+ABLATIONS = sorted(path.stem for path in (HERE / "ablations").glob("*.yaml"))
+CLEAN_FRACTION = 0.05
 
 
-def defend(args: argparse.Namespace, source: Source, name: str, defense: str, seed: int) -> None:
-    """One cell."""
-    label = args.label or defense
-    path = args.results / f"{name}-{label}-{seed}.json"
-    if path.exists():
-        return
-    model, before = implant(args, source, name)
-    pl.seed_everything(seed, verbose=False)
-    datamodule = data(
-        source,
-        attack_for(args, name),
-        train_on="clean",
-        batch_size=BATCH_SIZES.get(defense, DEFENSE_BATCH_SIZE),
-        order_seed=seed,
-    )
+class Cell(NamedTuple):
+    """A defence of a suspicious model."""
+
+    attack: str
+    defense: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.attack}-{self.defense}-{self.seed}"
+
+
+def defense_config(args: argparse.Namespace, cell: Cell) -> Any:
+    """Its YAML, with the arguments of the command line on top."""
+    label = args.defenses[0] if args.label else cell.defense.split("@")[0]
+    if label in DEFENSES:
+        found = config("defense", label)
+    else:
+        text = (HERE / "ablations" / f"{label}.yaml").read_text()
+        for name, value in {"WORK": args.work, "ATTACK": cell.attack, "SEED": cell.seed}.items():
+            text = text.replace(f"${name}", str(value))
+        found = merged(config("defense", "nba"), yaml.safe_load(text))
     settings = dict(args.set)
-    epochs = int(settings.pop("epochs", EPOCHS[defense]))
-    module = DEFENSES[defense](copy.deepcopy(model), seed=seed, **settings)
-    seconds = fit(args, module, datamodule, epochs)
-    cell = {"attack": name, "defense": label, "seed": seed, **test(args, module, datamodule)}
-    cell["der"] = round(defense_effectiveness_rating(before["acc"], before["asr"], cell["acc"], cell["asr"]), 6)
-    cell |= {"seconds": seconds, "clean_fraction": CLEAN_FRACTION, "poison_rate": before["poison_rate"]}
-    cell |= {"settings": {"epochs": epochs, "batch_size": datamodule.batch_size} | dict(args.set), **provenance(args)}
-    write(path, cell)
+    epochs = settings.pop("epochs", found["trainer"]["max_epochs"])
+    return merged(found, {"model": {"init_args": settings}, "trainer": {"max_epochs": epochs}})
 
 
-def table(results: Path) -> str:
-    """Mean and sample standard deviation over the seeds of what is there, as Markdown; percent."""
-    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for path in sorted(results.glob("*.json")):
-        cell = json.loads(path.read_text())
-        cells.setdefault((cell["attack"], cell["defense"]), []).append(cell)
-    lines = ["| attack | defence | n | ACC | ASR | RA | DER | seconds |", "|---|---|---|---|---|---|---|---|"]
-    for (attack, defense), group in sorted(cells.items(), key=lambda item: (item[0][0], item[0][1] != "none")):
-        if "asr" not in group[0]:
-            continue
-        shown = [_spread([100 * cell[name] for cell in group if name in cell]) for name in ("acc", "asr", "ra", "der")]
-        seconds = f"{statistics.mean(cell['seconds'] for cell in group):.0f}"
-        lines.append(f"| {attack} | {defense} | {len(group)} | " + " | ".join([*shown, seconds]) + " |")
-        bound = group[0].get("never_poisoned")
-        if bound:
-            floor, ceiling = f"{100 * bound['asr']:.1f}", f"{100 * bound['ra']:.1f}"
-            lines.append(f"| {attack} | *never poisoned* | 1 | {100 * bound['acc']:.1f} | {floor} | {ceiling} | | |")
-    return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    return f"{values[0]:.1f}" if len(values) == 1 else f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+def defend(args: argparse.Namespace, source: Source, cell: Cell) -> dict[str, Any]:
+    """Clean one model and test it."""
+    before = json.loads((args.attack_results / f"{cell.attack}-none-0.json").read_text())
+    pl.seed_everything(cell.seed, verbose=False)
+    found = defense_config(args, cell)
+    attack = None if cell.attack == "clean" else attack_for(args, cell.attack, state=state_file(args, cell.attack))
+    subset = found["data"]["init_args"] | {"clean_fraction": args.clean_fraction, "order_seed": cell.seed}
+    datamodule = data(args, source, attack, **subset | {"batch_size": 2})
+    datamodule.setup()
+    # A small source may have less than one of the authors' batches.
+    datamodule.batch_size = min(subset["batch_size"], len(datamodule.partition.clean))
+    own = {"model": network_spec(args), "weights": str(args.work / f"{cell.attack}.safetensors"), "seed": cell.seed}
+    module = build(Defense, merged(found["model"], {"init_args": own}))
+    for inner in module.children():
+        inner.to(memory_format=torch.channels_last)
+    epochs = found["trainer"]["max_epochs"]
+    with metered(module, type(module.model)) as meter:
+        trainer(args, epochs).fit(module, datamodule)
+    result = {"attack": cell.attack, "defense": cell.defense, "seed": cell.seed, **test(args, module, datamodule)}
+    if "asr" in result:
+        rating = defense_effectiveness_rating(before["acc"], before["asr"], result["acc"], result["asr"])
+        result["der"] = round(rating, 6)
+    images = len(datamodule.partition.clean)
+    result |= {"seconds": meter.seconds, "passes_per_image": round(meter.passes / images, 2)}
+    result |= {"peak_memory_mib": meter.peak_memory_mib, "clean_fraction": args.clean_fraction}
+    result |= {"clean_images": images, "poison_rate": before.get("poison_rate", 0.0)}
+    settings = {"epochs": epochs, **found["model"], **subset, "batch_size": datamodule.batch_size}
+    result |= {"settings": settings, **provenance(args)}
+    save_weights(module.model.state_dict(), args.work / f"{cell.name}.safetensors")
+    return result
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -105,26 +116,36 @@ def setting(text: str) -> tuple[str, Any]:
     return name, json.loads(value)
 
 
+def labels(args: argparse.Namespace) -> list[str]:
+    """Names of the defences that were asked for, in the results."""
+    ablations = ABLATIONS if args.ablations == ["all"] else args.ablations
+    chosen = [args.label] if args.label else [*args.defenses, *ablations] or DEFENSES
+    if args.clean_fraction != CLEAN_FRACTION:
+        chosen = [f"{label}@{100 * args.clean_fraction:g}%" for label in chosen]
+    return chosen
+
+
 def main() -> None:
-    warnings.filterwarnings("ignore")
+    quiet()
     options = parser(__doc__, "defenses")
-    options.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=ATTACKS)
-    options.add_argument("--defenses", nargs="*", default=list(DEFENSES), choices=DEFENSES)
+    options.add_argument("--attacks", nargs="+", default=ATTACKS, choices=[*ATTACKS, "clean"])
+    options.add_argument("--defenses", nargs="*", choices=DEFENSES, default=[], help="all, if no ablation is named")
+    options.add_argument("--ablations", nargs="*", choices=[*ABLATIONS, "all"], default=[])
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options.add_argument("--clean-fraction", type=float, default=CLEAN_FRACTION, help="the defender's images")
     options.add_argument("--set", nargs="*", type=setting, default=[], help="NAME=JSON arguments of the defence")
-    options.add_argument("--label", help="name of the defence in the results, for such variants")
-    options.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
+    options.add_argument("--label", help="name in the results of the one defence that `--set` changes")
+    options.add_argument("--attack-results", type=Path, default=HERE / "results" / "attacks")
     args = options.parse_args()
-    args.poison_rate = None
-    if args.table:
-        print(table(args.results))
-        return
+    if args.set and not (args.label and len(args.defenses) == 1):
+        options.error("--set changes one defence: name it by --defenses, and the result by --label")
     source = load(args)
-    for name in args.attacks:
-        implant(args, source, name)
-        for seed in args.seeds:
-            for defense in args.defenses:
-                defend(args, source, name, defense, seed)
+    implanting = argparse.Namespace(**vars(args) | {"results": args.attack_results})
+    if implant_all(implanting, source, [Row(name) for name in args.attacks if name != "clean"]):
+        raise SystemExit("An attack could not be implanted; its JSON says why.")
+    tasks = [Cell(attack, label, seed) for seed in args.seeds for label in labels(args) for attack in args.attacks]
+    failed = run_cells(args, source, defend, [(task.name, task) for task in tasks])
+    raise SystemExit(f"{failed} cells failed; their JSON says why." if failed else 0)
 
 
 if __name__ == "__main__":

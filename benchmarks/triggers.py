@@ -149,7 +149,8 @@ def epochs(args: argparse.Namespace, attack: Attack, source: Source) -> dict[str
     """Seconds of a poisoned epoch over a clean one's."""
 
     def fit(used: Attack | None) -> float:
-        module, datamodule, runner = Classifier(network()), data(source, used, batch_size=128), trainer(args, 1)
+        module, runner = Classifier(network(args)), trainer(args, 1)
+        datamodule = data(args, source, used, batch_size=128)
         start = time.perf_counter()
         runner.fit(module, datamodule)
         return time.perf_counter() - start
@@ -173,7 +174,8 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "triggers.json")
     args = parser.parse_args()
-    args.progress, args.work, args.source = False, Path("runs/benchmark"), "random images, 3x32x32"
+    args.data, args.network, args.jobs = "image_folder", "wide_resnet16_1", 1
+    args.work, args.source = Path("runs/benchmark"), "random images, 3x32x32"
     torch.manual_seed(0)
     source = Noise(args.images)
     result: dict[str, Any] = {"batch_size": args.batch_size, "images": args.images, **provenance(args)}

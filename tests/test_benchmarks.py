@@ -1,0 +1,90 @@
+"""The grid from end to end on tiny data: cells, resuming, failures, the report."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+KEYS = {
+    *("attack", "defense", "seed", "acc", "asr", "ra", "der", "seconds", "passes_per_image", "peak_memory_mib"),
+    *("network", "source", "clean_fraction", "poison_rate", "settings", "versions", "hardware"),
+}
+
+
+def call(script, folder, *arguments):
+    here = {"--work": folder / "work", "--results": folder / "d", "--attack-results": folder / "a"}
+    if script == "report":
+        here.pop("--work")
+    else:
+        arguments = ("--data", "digits", "--network", "small_cnn_digits", "--epochs", "1", *arguments)
+    where = [str(part) for pair in here.items() for part in pair]
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *where, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grid")
+    arguments = ("--attacks", "badnets", "clean", "--defenses", "fine_tuning", "--seeds", "0", "1", "--jobs", "2")
+    ran = call("grid", folder, *arguments)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return folder, arguments
+
+
+def test_every_cell_says_what_it_is(grid):
+    folder, _ = grid
+    found = {path.stem: json.loads(path.read_text()) for path in (folder / "d").glob("*.json")}
+    assert sorted(found) == [f"{attack}-fine_tuning-{seed}" for attack in ("badnets", "clean") for seed in (0, 1)]
+    assert found["badnets-fine_tuning-0"].keys() >= KEYS
+    assert not {"asr", "ra", "der"} & found["clean-fine_tuning-0"].keys()
+    # One batch of 50 of the 60 images an epoch, forwards and backwards, ten epochs; and the check of the fit.
+    assert found["badnets-fine_tuning-0"]["passes_per_image"] == pytest.approx(2 * 10 * 50 / 60, abs=0.05)
+    assert found["badnets-fine_tuning-0"]["acc"] != found["badnets-fine_tuning-1"]["acc"]
+    before = json.loads((folder / "a" / "badnets-none-0.json").read_text())
+    assert before["defense"] == "none"
+    assert before["never_poisoned"]["asr"] < before["asr"]
+
+
+def test_what_is_there_is_not_run_again_and_failures_are_tried_again(grid):
+    folder, arguments = grid
+    path = folder / "d" / "badnets-fine_tuning-0.json"
+    times = {kept.name: kept.stat().st_mtime_ns for kept in (folder / "d").glob("*.json")}
+    failed = {"attack": "badnets", "defense": "fine_tuning", "seed": 0, "error": "ValueError: a reason"}
+    path.write_text(json.dumps(failed))
+    report = call("report", folder)
+    assert "1 failed: ValueError: a reason" in report.stdout
+    ran = call("grid", folder, *arguments)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    changed = {kept.name for kept in (folder / "d").glob("*.json") if kept.stat().st_mtime_ns != times[kept.name]}
+    assert changed == {path.name}
+    assert "acc" in json.loads(path.read_text())
+
+
+def test_a_cell_that_fails_is_recorded_and_stops_no_other(grid, tmp_path):
+    folder, _ = grid
+    arguments = ("--attacks", "badnets", "--seeds", "0", "--ablations", "teacher_ft_sam", "regenerate_never")
+    ran = call("grid", folder, *arguments)
+    assert ran.returncode != 0
+    assert "1 cells failed" in ran.stderr
+    assert "FileNotFoundError" in json.loads((folder / "d" / "badnets-teacher_ft_sam-0.json").read_text())["error"]
+    assert "acc" in json.loads((folder / "d" / "badnets-regenerate_never-0.json").read_text())
+
+
+def test_the_report_has_averages_rows_and_a_figure(grid, tmp_path):
+    folder, _ = grid
+    report = call("report", folder, "--figure", str(tmp_path / "grid.png"))
+    assert report.returncode == 0, report.stderr
+    assert "Means over 1 attacks (badnets)" in report.stdout
+    assert "| clean | fine_tuning | 2 |" in report.stdout
+    assert "| badnets | *never poisoned* | 1 |" in report.stdout
+    assert "regenerate_never" not in report.stdout  # an ablation, shown when it is named
+    assert (tmp_path / "grid.png").stat().st_size > 10_000
+
+
+def test_changed_settings_need_a_name_of_their_own(tmp_path):
+    ran = call("grid", tmp_path, "--defenses", "nba", "--set", "alignment=0")
+    assert ran.returncode == 2
+    assert "--label" in ran.stderr
