@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def expected(name: str, what: str, got: Any) -> ValueError:
@@ -58,33 +58,3 @@ def first_few(names: Iterable[str], limit: int = 5) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-@torch.no_grad()
-def check_fit(model: nn.Module, image_shape: tuple[int, ...], num_classes: int, name: str = "model") -> None:
-    """Run one empty image through the network.
-
-    Raises:
-        ValueError: if it does not take images of that shape or does not give one logit per class.
-    """
-    parameter: Tensor = next(model.parameters(), torch.zeros(()))
-    probe = torch.zeros((2, *image_shape), device=parameter.device, dtype=parameter.dtype)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        logits = model(probe)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        raise expected(
-            name,
-            f"a network that takes images of shape {tuple(image_shape)}",
-            f"{type(model).__name__}, which fails with: {error}",
-        ) from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    if tuple(logits.shape) != (2, num_classes):
-        raise expected(
-            name,
-            f"a network with one logit for each of the data's {num_classes} classes",
-            f"{type(model).__name__} with output of shape {tuple(logits.shape[1:])}",
-        )

@@ -1,11 +1,12 @@
 """Features of named layers, captured by forward hooks in one forward pass, without surgery on the model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from nba_lightning.adapters import predict
 from nba_lightning.checks import first_few
 
 
@@ -56,7 +57,7 @@ def capture(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tenso
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            captured[name] = output[0] if isinstance(output, tuple | list) else output
+            captured[name] = _tensor_of(output)
 
         return hook
 
@@ -66,6 +67,14 @@ def capture(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tenso
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _tensor_of(output: Any) -> Tensor:
+    """The features in what a layer returned: itself, the first of several, or the first value of a mapping."""
+    if isinstance(output, Mapping):
+        output = next(iter(output.values()))
+    found: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return found
 
 
 def features(model: nn.Module, images: Tensor, layers: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -80,5 +89,5 @@ def features(model: nn.Module, images: Tensor, layers: Sequence[str]) -> tuple[T
         The logits `(B, K)` and a dictionary from layer name to features, in the order of ``layers``.
     """
     with capture(model, layers) as captured:
-        logits = model(images)
+        logits = predict(model, images)
     return logits, {name: captured[name] for name in layers}

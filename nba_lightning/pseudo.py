@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from nba_lightning.adapters import predict
 from nba_lightning.checks import check_at_least, check_range
 from nba_lightning.functional import js_divergence, kl_divergence
 
@@ -89,8 +90,8 @@ class PseudoSamples(nn.Module, ABC):
     ) -> Tensor:
         with torch.enable_grad():
             leaf = perturbations.detach().requires_grad_()
-            inputs = (images + leaf[owner]).clamp(0.0, 1.0)
-            total = self.disagreement(student(inputs), teacher(inputs)).sum()
+            inputs = (images + leaf[owner]).clamp(0.0, 1.0).to(images.dtype)
+            total = self.disagreement(predict(student, inputs), predict(teacher, inputs)).sum()
             return torch.autograd.grad(total, leaf)[0].float()
 
 

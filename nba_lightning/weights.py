@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nba_lightning.adapters import bare
 from nba_lightning.checks import first_few
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
@@ -142,7 +143,8 @@ def match_keys(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tenso
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load the weights in ``path`` into ``model``, in place. See :func:`read_state_dict` and :func:`match_keys`."""
-    model.load_state_dict(match_keys(model, read_state_dict(path)))
+    network = bare(model)
+    network.load_state_dict(match_keys(network, read_state_dict(path)))
 
 
 def save_weights(

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from PIL import Image
 
 from nba_lightning import BackdoorDataModule
@@ -92,6 +93,7 @@ class Attached:
     global_rank, world_size, current_epoch, lightning_module = 0, 1, 0, None
 
     strategy = type("Strategy", (), {"root_device": torch.device("cpu")})
+    precision_plugin = Precision()
 
     def __init__(self, training):
         self.training = training

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "nba_lightning"
 ORDER = [
     ["checks", "functional", "randomness"],
-    ["features", "weights", "networks", "attacks", "behaviors", "pseudo", "augmentation", "metrics"],
+    ["adapters", "features", "weights", "networks", "attacks", "behaviors", "pseudo", "augmentation", "metrics"],
     ["data", "callbacks"],
     ["modules"],
     ["figures"],

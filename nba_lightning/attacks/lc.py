@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
+from nba_lightning.adapters import predict
 from nba_lightning.attacks.base import TrainingImages
 from nba_lightning.attacks.surrogate import SurrogateAttack, input_gradient
 from nba_lightning.checks import check_at_least, check_range, expected
@@ -112,7 +113,7 @@ class LC(SurrogateAttack):
         for _ in range(self.steps):
             leaf = moved.detach().requires_grad_()
             with torch.enable_grad():
-                loss = F.cross_entropy(network(leaf), labels, reduction="sum")
+                loss = F.cross_entropy(predict(network, leaf), labels, reduction="sum")
             moved = leaf.detach() + step * input_gradient(loss, leaf).sign()
             moved = torch.maximum(torch.minimum(moved, high), low).clamp(0.0, 1.0)
         return (moved * 255).round().to(torch.uint8).cpu()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
+from nba_lightning.adapters import predict
 from nba_lightning.attacks.base import TrainingImages
 from nba_lightning.attacks.surrogate import SurrogateAttack, input_gradient
 from nba_lightning.checks import check_at_least, check_range
@@ -82,7 +83,7 @@ class LF(SurrogateAttack):
             batch, labels = images.read(indices).to(device).float() / 255, images.labels[indices].to(device)
             leaf = pattern.requires_grad_()
             with torch.enable_grad():
-                loss = F.cross_entropy(network((batch + self._smooth(leaf)).clamp(0, 1)), self.relabel(labels))
+                loss = F.cross_entropy(predict(network, (batch + self._smooth(leaf)).clamp(0, 1)), self.relabel(labels))
             gradient = input_gradient(loss, leaf)
             size = self.amplitude * leaf[0].numel() ** 0.5 * leaf.shape[0] ** 0.5
             pattern = self._smooth(leaf.detach() - 0.1 * size * gradient / gradient.norm().clamp(min=1e-12))

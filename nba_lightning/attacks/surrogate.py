@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nba_lightning.adapters import check_fit
 from nba_lightning.attacks.base import Attack
-from nba_lightning.checks import check_fit
 from nba_lightning.weights import load_weights
 
 

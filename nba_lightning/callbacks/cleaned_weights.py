@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import nn
 
+from nba_lightning.adapters import bare
 from nba_lightning.checks import expected
 from nba_lightning.weights import save_weights
 
@@ -42,5 +43,5 @@ class CleanedWeights(Callback):
     def _write(self, path: Path, module: pl.LightningModule) -> None:
         model = module.model
         assert isinstance(model, nn.Module)
-        save_weights(model.state_dict(), path, getattr(module, "dtypes", None))
+        save_weights(bare(model).state_dict(), path, getattr(module, "dtypes", None))
         rank_zero_info(f"Cleaned weights: {path}")

@@ -1,12 +1,14 @@
 """Regenerating the pseudo samples as the student changes."""
 
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from itertools import count
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
+from nba_lightning.adapters import unpack
 from nba_lightning.checks import check_at_least
 
 
@@ -31,7 +33,7 @@ class PseudoSampleRegeneration(Callback):
     def __init__(self, every_n_epochs: int = 1) -> None:
         check_at_least("every_n_epochs", every_n_epochs, 0)
         self.every_n_epochs = every_n_epochs
-        self.epochs = 0
+        self.epochs, self._begun = 0, -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the module."""
@@ -44,12 +46,20 @@ class PseudoSampleRegeneration(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Regenerate if it is time."""
         assert isinstance(pl_module, UsesPseudoSamples)
+        self._begun = trainer.current_epoch
         if not pl_module.enter_phase():
             return
         due = self.epochs == 0 or (self.every_n_epochs > 0 and self.epochs % self.every_n_epochs == 0)
         self.epochs += 1
         if due:
             pl_module.regenerate_pseudo_samples(clean_batches(trainer))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Do so here after a checkpoint from the last step of an epoch: Lightning then calls no hook for the next."""
+        if batch_idx == 0 and self._begun != trainer.current_epoch:
+            self.on_train_epoch_start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, int]:
         """Epochs that used pseudo samples so far."""
@@ -61,7 +71,21 @@ class PseudoSampleRegeneration(Callback):
 
 
 def clean_batches(trainer: pl.Trainer) -> Iterator[Tensor]:
-    """Endless training images, on the device and through the hooks of the DataModule."""
+    """Endless training images `(B, C, H, W)` in [0, 1], on the device and through the hooks of the DataModule."""
+    network: nn.Module | None = getattr(trainer.lightning_module, "model", None)
+    data: Any = getattr(trainer, "datamodule", None)
+    numbers = count()
     while True:
         for batch in trainer.train_dataloader or ():
-            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)[0]
+            # A batch beside the training steps: a BackdoorDataModule draws its augmentation by this number instead.
+            if hasattr(data, "extra_batch"):
+                data.extra_batch = next(numbers)
+            ready = on_device(trainer, batch)
+            if hasattr(data, "extra_batch"):
+                data.extra_batch = None
+            yield unpack(ready, network)[0]
+
+
+def on_device(trainer: pl.Trainer, batch: Any) -> Any:
+    """A loader's batch as a step would get it: in the Trainer's precision, on the device, through all hooks."""
+    return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)

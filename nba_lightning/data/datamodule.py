@@ -14,7 +14,7 @@ from nba_lightning.augmentation import RandomCropFlip
 from nba_lightning.checks import check_at_least, check_choice, check_range, expected
 from nba_lightning.data.dataset import Batches, LabeledImages, ReplacedImages
 from nba_lightning.data.partition import Partition, draw_partition
-from nba_lightning.data.sampler import SeededSampler
+from nba_lightning.data.sampler import ResumableLoader, SeededSampler
 from nba_lightning.data.sources import Digits, Source
 from nba_lightning.metrics import IGNORE_LABEL
 from nba_lightning.randomness import generator_for
@@ -86,6 +86,7 @@ class BackdoorDataModule(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
         self.order_seed = seed if order_seed is None else order_seed
+        self.extra_batch: int | None = None  # number of a batch that is drawn beside the training steps
         self._sets: tuple[LabeledImages, LabeledImages] | None = None
 
     def prepare_data(self) -> None:
@@ -127,8 +128,9 @@ class BackdoorDataModule(pl.LightningDataModule):
     def _loader(self, batches: Batches, batch_size: int, shuffle: bool) -> DataLoader[Any]:
         rank, world_size = self._world()
         workers = 0 if batches.source.in_memory else self.num_workers
-        return DataLoader(
+        return ResumableLoader(
             batches,
+            self._batches_done if shuffle else lambda: 0,
             batch_size=batch_size,
             sampler=SeededSampler(batches, shuffle, self.order_seed, rank, world_size),
             collate_fn=_identity,
@@ -142,6 +144,11 @@ class BackdoorDataModule(pl.LightningDataModule):
         if self._sets is None:
             raise RuntimeError("Call BackdoorDataModule.setup() before asking for loaders.")
         return self._sets
+
+    def _batches_done(self) -> int:
+        """Batches of this epoch that a fit which was interrupted had trained on."""
+        loop = None if self.trainer is None else self.trainer.fit_loop
+        return loop.epoch_loop.batch_progress.current.ready if loop is not None and loop.restarted_mid_epoch else 0
 
     def train_dataloader(self) -> DataLoader[Any]:
         """``(images, labels)`` in a new order each epoch; the last incomplete batch is dropped."""
@@ -220,7 +227,8 @@ class BackdoorDataModule(pl.LightningDataModule):
         images, labels, *roles = batch
         images = images.float().div_(255)
         if self.trainer is None or not self.trainer.training:
-            return self._triggered(images, labels) if roles else (images, labels)
+            found = self._triggered(images, labels) if roles else (images, labels)
+            return self._converted(found[0]), *found[1:]
         own = roles and getattr(self.trainer.lightning_module, "applies_attack", False)
         if roles and self.attack is not None and not own:
             generator = self._generator(7, images.device) if self.attack.cross_ratio else None
@@ -228,7 +236,15 @@ class BackdoorDataModule(pl.LightningDataModule):
                 images, labels = self._attack_on(images.device).poison(images, labels, roles[0], generator)
         if self.augment is not None:
             images = self.augment(images, self._generator(3, images.device))
+        images = self._converted(images)
         return (images, labels, roles[0]) if own else (images, labels)
+
+    def _converted(self, images: Tensor) -> Tensor:
+        """In the Trainer's precision, last of all: Lightning converts before this hook, when images are `uint8`."""
+        if self.trainer is None:
+            return images
+        converted: Tensor = self.trainer.precision_plugin.convert_input(images)
+        return converted
 
     def _triggered(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attack = self._attack_on(images.device)
@@ -242,4 +258,5 @@ class BackdoorDataModule(pl.LightningDataModule):
     def _generator(self, key: int, device: torch.device) -> torch.Generator:
         assert self.trainer is not None
         epoch, step = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx
+        step = step if self.extra_batch is None else -2 - self.extra_batch
         return generator_for(self.order_seed, key, self._world()[0], epoch, step, device=device)

@@ -1,9 +1,10 @@
-"""Seeded order of samples, sharded over processes without counting anyone twice."""
+"""Seeded order of samples, sharded over processes without counting anyone twice; a fit goes on within an epoch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from nba_lightning.randomness import shuffled
 
@@ -25,6 +26,7 @@ class SeededSampler(DistributedSampler[int]):
 
     def __init__(self, dataset: Dataset[object], shuffle: bool, seed: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(dataset, world_size, rank, shuffle=shuffle, seed=seed, drop_last=shuffle)
+        self.start = 0  # samples of this process that an interrupted epoch has had already
 
     def __iter__(self) -> Iterator[int]:
         """Positions of this process in this epoch."""
@@ -34,4 +36,36 @@ class SeededSampler(DistributedSampler[int]):
             order = order[: length - length % self.num_replicas]
         else:
             order = torch.cat([order, torch.full((-length % self.num_replicas,), -1)])
-        return iter(order[self.rank :: self.num_replicas].tolist())
+        return iter(order[self.rank :: self.num_replicas][self.start :].tolist())
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader with a :class:`SeededSampler` that leaves out what an interrupted epoch has had before it was resumed.
+
+    Nothing is drawn before the first batch is asked for: Lightning makes iterators early, before it knows where a fit
+    goes on.
+
+    Args:
+        dataset: see :class:`torch.utils.data.DataLoader`.
+        done: batches of the epoch at hand that were trained on before; asked once, when the first epoch begins.
+        **kwargs: see :class:`torch.utils.data.DataLoader`.
+    """
+
+    def __init__(self, dataset: Dataset[Any], done: Callable[[], int], **kwargs: Any) -> None:
+        super().__init__(dataset, **kwargs)
+        self.done: Callable[[], int] | None = done
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Batches of this epoch, or of the rest of it."""
+        assert isinstance(self.sampler, SeededSampler)
+        assert self.batch_size is not None
+        self.sampler.start = 0 if self.done is None else self.done() * self.batch_size
+        self.done = None
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the Trainer saves how far an epoch got. Its presence tells Lightning that the loader can resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to take over."""

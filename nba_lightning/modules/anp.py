@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nba_lightning.adapters import logits_of
 from nba_lightning.checks import check_at_least, check_range, expected
 from nba_lightning.modules.base import Defense
 from nba_lightning.modules.statistics import frozen_statistics
@@ -85,7 +86,7 @@ class ANP(Defense):
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The masks' loss under the worst perturbation of the neurons."""
-        images, labels = batch[0], batch[1]
+        images, labels = self.unpack(batch)
         self.check_first_batch(images, batch_idx)
         generator = generator_for(
             self.seed, 6, self.trainer.global_rank, self.trainer.current_epoch, batch_idx, device=images.device
@@ -110,8 +111,7 @@ class ANP(Defense):
             weight, bias = norm.weight.detach(), norm.bias.detach()
             changed[f"{name}.weight"] = weight * (mask if delta is None else mask + delta[index])
             changed[f"{name}.bias"] = bias if xi is None else bias * (1 + xi[index])
-        logits: Tensor = functional_call(self.model, changed, (images,))
-        return logits
+        return logits_of(functional_call(self.model, changed, (images,)))
 
     def _worst(
         self, images: Tensor, labels: Tensor, generator: torch.Generator
@@ -132,11 +132,12 @@ class ANP(Defense):
             ]
         return tuple(noise[:count]), tuple(noise[count:])
 
-    @torch.no_grad()
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the masks in [0, 1]."""
-        for mask in self.masks:
-            mask.clamp_(0.0, 1.0)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the masks in [0, 1], before any checkpoint is written."""
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            for mask in self.masks:
+                mask.clamp_(0.0, 1.0)
 
     def on_train_epoch_end(self) -> None:
         """Prune before the last checkpoint is written, so that it holds the pruned network."""

@@ -1,7 +1,7 @@
 """Training a classifier, and what all defences share."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,9 +14,10 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from nba_lightning.adapters import bare, check_fit, predict, unpack
 from nba_lightning.callbacks.cleaned_weights import CleanedWeights
 from nba_lightning.callbacks.finite_loss import FiniteLoss
-from nba_lightning.checks import check_at_least, check_fit, check_range, check_unit_range
+from nba_lightning.checks import check_at_least, check_range, check_unit_range
 from nba_lightning.metrics import IGNORE_LABEL, AttackSuccessRate, RobustAccuracy
 from nba_lightning.modules.schedule import cosine_factor
 from nba_lightning.weights import load_weights
@@ -69,6 +70,7 @@ class Classifier(pl.LightningModule):
         self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.seed = seed
+        self._begun = -1
         self.evaluation = nn.ModuleDict({f"{stage}_metrics": _metrics() for stage in ("val", "test")})
 
     def _keep_plain_hyperparameters(self) -> None:
@@ -84,8 +86,7 @@ class Classifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` in [0, 1] to logits `(B, K)`."""
-        logits: Tensor = self.model(images)
-        return logits
+        return predict(self.model, images)
 
     def setup(self, stage: str) -> None:
         """Check once, before any long work, that the network takes the data's images and knows their classes."""
@@ -94,32 +95,50 @@ class Classifier(pl.LightningModule):
         if shape is not None and classes is not None:
             check_fit(self.model, tuple(shape), int(classes))
 
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+    def begin_epoch(self) -> None:
+        """What a subclass does at the start of each epoch; nothing by default."""
+
+    def on_train_epoch_start(self) -> None:
+        """Begin the epoch."""
+        self._begun = self.trainer.current_epoch
+        self.begin_epoch()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Begin the epoch here after a checkpoint from its predecessor's last step: Lightning then calls no hook."""
+        if batch_idx == 0 and self._begun != self.trainer.current_epoch:
+            self.on_train_epoch_start()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Cross-entropy of a batch."""
-        images, labels = batch[0], batch[1]
+        images, labels = self.unpack(batch)
         self.check_first_batch(images, batch_idx)
-        logits = self.model(images)
+        logits = predict(self.model, images)
         loss = F.cross_entropy(logits, labels)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/acc", (logits.detach().argmax(dim=1) == labels).float().mean(), prog_bar=True)
         return loss
+
+    def unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Images `(B, C, H, W)` in [0, 1] and labels `(B,)`; see :func:`nba_lightning.adapters.unpack`."""
+        images, labels, *_ = unpack(batch, self.model)
+        return images, labels
 
     def check_first_batch(self, images: Tensor, batch_idx: int) -> None:
         """Look at the values of the first batch of a fit; later batches are not read, which would cost a wait."""
         if batch_idx == 0 and self.trainer.fit_loop.epoch_loop.total_batch_idx == 0:
             check_unit_range("images", images)
 
-    def validation_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count a batch into ACC, or into ASR and RA."""
         self._count("val", batch)
 
-    def test_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count a batch into ACC, or into ASR and RA."""
         self._count("test", batch)
 
-    def _count(self, stage: str, batch: Sequence[Tensor]) -> None:
-        images, labels, *targets = batch
-        preds = self.model(images).argmax(dim=1)
+    def _count(self, stage: str, batch: Any) -> None:
+        images, labels, *targets = unpack(batch, self.model)
+        preds = predict(self.model, images).argmax(dim=1)
         metrics = self.evaluation.get_submodule(f"{stage}_metrics")
         for name, metric in metrics.named_children():
             assert isinstance(metric, Metric)
@@ -136,11 +155,9 @@ class Classifier(pl.LightningModule):
                 batch_size=len(labels),
             )
 
-    def predict_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Class probabilities `(B, K)`."""
-        images = batch if isinstance(batch, Tensor) else batch[0]
-        probabilities: Tensor = self.model(images).softmax(dim=1)
-        return probabilities
+        return predict(self.model, unpack(batch, self.model)[0]).softmax(dim=1)
 
     def configure_callbacks(self) -> list[Callback]:
         """Stop at a loss that is not finite."""
@@ -184,7 +201,7 @@ class Defense(Classifier):
 
     def __init__(self, model: nn.Module, weights: str | None = None, **kwargs: Any) -> None:
         super().__init__(model, weights, **kwargs)
-        self.dtypes = {name: value.dtype for name, value in model.state_dict().items()}
+        self.dtypes = {name: value.dtype for name, value in bare(model).state_dict().items()}
 
     def configure_callbacks(self) -> list[Callback]:
         """Write the cleaned weights when the fit has ended."""

@@ -90,7 +90,7 @@ class Distillation(Defense):
         height = self.teacher_lr / self.lr if self.optimizer_factory is None else 1.0
         return [(total * self.teacher_epochs // self.trainer.max_epochs, height), (total, 1.0)]
 
-    def on_train_epoch_start(self) -> None:
+    def begin_epoch(self) -> None:
         """Begin what this epoch is for."""
         self.enter_phase()
 
@@ -111,7 +111,7 @@ class Distillation(Defense):
         """The teacher's cross-entropy, or the student's loss."""
         if self.trainer.current_epoch < self.teacher_epochs:
             return super().training_step(batch, batch_idx)
-        images, labels = batch[0], batch[1]
+        images, labels = self.unpack(batch)
         self.check_first_batch(images, batch_idx)
         loss = self.student_step(images, labels, batch_idx)
         self.log("train/loss", loss, prog_bar=True)

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from nba_lightning.callbacks.pseudo_samples import on_device
 from nba_lightning.checks import check_range, expected
 from nba_lightning.modules.base import Defense
 
@@ -69,24 +70,23 @@ class FinePruning(Defense):
             return
         data = getattr(self.trainer, "datamodule", None)
         held_out = data.val_dataloader() if data is not None else None
+        if isinstance(held_out, list | tuple):
+            held_out = held_out[0] if held_out else None
         training = self.trainer.train_dataloader
         assert training is not None
-        dormant, _ = self._features(training)
-        features, labels = self._features(held_out[0]) if held_out else self._features(training)
-        order = self._mean(dormant).argsort()
+        dormant, labels = self._features(training)
+        features = dormant
+        if held_out is not None:
+            features, labels = self._features(held_out)
+        order = dormant.abs().mean(dim=0).argsort()
         self.kept.copy_(keep_mask(self._linear(), features, labels, order, self.max_drop))
         self.pruned.fill_(True)
         self._cut()
         rank_zero_info(f"{int((self.kept == 0).sum())} of {len(self.kept)} features are pruned.")
 
-    def _mean(self, features: Tensor) -> Tensor:
-        # Each process has seen its own share of the images; all must cut the same.
-        mean: Tensor = self.trainer.strategy.reduce(features.abs().mean(dim=0), reduce_op="mean")
-        return mean
-
     @torch.no_grad()
     def _features(self, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
-        """Inputs `(N, F)` of the last linear layer, and labels `(N,)`, of a loader's images."""
+        """Inputs `(N, F)` of the last linear layer, and labels `(N,)`, of a loader's images, those of all processes."""
         caught: list[Tensor] = []
         labels: list[Tensor] = []
         hook = self._linear().register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].float()))
@@ -94,16 +94,19 @@ class FinePruning(Defense):
         self.model.eval()
         try:
             for batch in loader:
-                images, truth = self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
+                images, truth = self.unpack(on_device(self.trainer, batch))
                 self.model(images)
                 labels.append(truth)
         finally:
             hook.remove()
             self.model.train(training)
-        return torch.cat(caught), torch.cat(labels)
+        # Each process has seen its own share of the images; all must decide alike.
+        features, truths = self.all_gather((torch.cat(caught), torch.cat(labels)))
+        return features.flatten(0, -2), truths.flatten()
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep what was cut off at 0."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Keep what was cut off at 0, before any checkpoint is written."""
+        super().optimizer_step(*args, **kwargs)
         self._cut()
 
     @torch.no_grad()

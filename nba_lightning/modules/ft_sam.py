@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nba_lightning.adapters import predict
 from nba_lightning.checks import check_range
 from nba_lightning.modules.base import Defense
 from nba_lightning.modules.statistics import frozen_statistics
@@ -54,32 +55,36 @@ class FTSAM(Defense):
         check_range("rho", rho, 0.0, float("inf"))
         check_range("label_smoothing", label_smoothing, 0.0, 1.0, open_high=True)
         self.rho, self.label_smoothing = rho, label_smoothing
-        self._moved: list[tuple[nn.Parameter, Tensor]] = []
+        self._kept: list[tuple[nn.Parameter, Tensor]] = []
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The loss at the moved weights; they move back after its backward pass."""
-        images, labels = batch[0], batch[1]
+        images, labels = self.unpack(batch)
         self.check_first_batch(images, batch_idx)
-        logits = self.model(images)
+        logits = predict(self.model, images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         self.log("train/acc", (logits.detach().argmax(dim=1) == labels).float().mean(), prog_bar=True)
         self.log("train/loss", loss.detach(), prog_bar=True)
         parameters = self.trained_parameters()
-        gradients = torch.autograd.grad(_SCALE * loss, parameters)
-        self._moved = list(zip(parameters, adaptive_step(parameters, gradients, self.rho), strict=True))
-        self._shift(1.0)
+        gradients = [
+            self.trainer.strategy.reduce(gradient, reduce_op="mean")  # of all processes' images, as the step's is
+            for gradient in torch.autograd.grad(_SCALE * loss, parameters)
+        ]
+        self._kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
+        steps = adaptive_step(parameters, gradients, self.rho)
+        self._set([(p, p.detach() + step) for p, step in zip(parameters, steps, strict=True)])
         with frozen_statistics(self.model):
-            return F.cross_entropy(self.model(images), labels, label_smoothing=self.label_smoothing)
+            return F.cross_entropy(predict(self.model, images), labels, label_smoothing=self.label_smoothing)
 
     def on_after_backward(self) -> None:
-        """Move the weights back."""
-        self._shift(-1.0)
-        self._moved = []
+        """Move the weights back, to the bit."""
+        self._set(self._kept)
+        self._kept = []
 
     @torch.no_grad()
-    def _shift(self, sign: float) -> None:
-        for parameter, step in self._moved:
-            parameter.add_(step, alpha=sign)
+    def _set(self, values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        for parameter, value in values:
+            parameter.copy_(value)
         torch.clear_autocast_cache()  # else the next pass would run on the half-precision copies of the old weights
 
 

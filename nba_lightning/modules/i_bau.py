@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from nba_lightning.adapters import predict
 from nba_lightning.callbacks.pseudo_samples import clean_batches
 from nba_lightning.checks import check_at_least, check_range
 from nba_lightning.modules.base import Defense, OptimizerFactory
@@ -44,6 +45,8 @@ class IBAU(Defense):
     """
 
     perturbation: Tensor
+    inner_images: Tensor
+    inner_labels: Tensor
 
     def __init__(
         self,
@@ -66,7 +69,8 @@ class IBAU(Defense):
         check_range("portion", portion, 0.0, 1.0, open_low=True)
         self.iterations, self.inner_lr, self.inner_step = iterations, inner_lr, inner_step
         self.penalty, self.portion = penalty, portion
-        self._inner_batch: tuple[Tensor, Tensor] | None = None
+        for name in ("perturbation", "inner_images", "inner_labels"):  # of this round; saved with a checkpoint
+            self.register_buffer(name, torch.empty(0), persistent=False)
         if optimizer is None:
             self.optimizer_factory = lambda parameters: Adam(parameters, self.lr)
 
@@ -76,9 +80,12 @@ class IBAU(Defense):
         self.model.eval()
         return self
 
-    def on_train_epoch_start(self) -> None:
-        """Find this round's perturbation by one pass over the clean images."""
+    def on_train_start(self) -> None:
+        """Lightning leaves modes as they came, so they are set here."""
         self.train()
+
+    def begin_epoch(self) -> None:
+        """Find this round's perturbation by one pass over the clean images."""
         batches = clean_batches(self.trainer)
         number = int(self.trainer.num_training_batches)
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
@@ -88,25 +95,37 @@ class IBAU(Defense):
                 perturbation = self._ascend(perturbation, next(batches))
         # All processes go on with the same perturbation, the mean of theirs.
         self.perturbation = self.trainer.strategy.reduce(perturbation, reduce_op="mean")
-        self._inner_batch = None
+        self.inner_images = torch.empty(0)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the round, so that a fit can go on in the middle of it."""
+        if len(self.inner_images):
+            names = ("perturbation", "inner_images", "inner_labels")
+            checkpoint["round"] = {name: getattr(self, name) for name in names}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the saved round."""
+        for name, value in checkpoint.get("round", {}).items():
+            setattr(self, name, value)
 
     def _ascend(self, perturbation: Tensor, images: Tensor) -> Tensor:
         leaf = perturbation.detach().requires_grad_()
         with torch.no_grad():
-            answers = self.model(images).argmax(dim=1)
+            answers = predict(self.model, images).argmax(dim=1)
         loss = self._inner_loss(leaf, images, answers)
         return leaf.detach() - self.inner_lr * torch.autograd.grad(loss, leaf)[0]
 
     def _inner_loss(self, perturbation: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        return self.penalty * perturbation.square().sum() - F.cross_entropy(self.model(images + perturbation), labels)
+        return self.penalty * perturbation.square().sum() - F.cross_entropy(
+            predict(self.model, images + perturbation), labels
+        )
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """A loss whose gradient is the hypergradient."""
-        images, labels = batch[0], batch[1]
+        images, labels = self.unpack(batch)
         self.check_first_batch(images, batch_idx)
-        if self._inner_batch is None:
-            self._inner_batch = images, labels
-        inner_images, inner_labels = self._inner_batch
+        if not len(self.inner_images):
+            self.inner_images, self.inner_labels = images, labels
         generator = generator_for(
             self.seed, 7, self.trainer.global_rank, self.trainer.current_epoch, batch_idx, device=images.device
         )
@@ -116,10 +135,10 @@ class IBAU(Defense):
 
         def outer(perturbation: Tensor) -> Tensor:
             patched = images + perturbation * chosen[:, None, None, None]
-            return F.cross_entropy(self.model(patched), labels)
+            return F.cross_entropy(predict(self.model, patched), labels)
 
         def inner_map(perturbation: Tensor) -> Tensor:
-            loss = self._inner_loss(perturbation, inner_images, inner_labels)
+            loss = self._inner_loss(perturbation, self.inner_images, self.inner_labels)
             return perturbation - self.inner_step * torch.autograd.grad(loss, perturbation, create_graph=True)[0]
 
         value, gradients = hypergradient(outer, inner_map, self.perturbation, parameters, self.iterations)

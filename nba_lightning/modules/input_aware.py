@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from nba_lightning.adapters import predict
 from nba_lightning.attacks.base import CROSS, POISONED
 from nba_lightning.attacks.input_aware import InputAware
 from nba_lightning.checks import check_at_least, check_range, expected
@@ -162,7 +163,7 @@ class InputAwareTraining(Classifier):
         triggered = torch.lerp(images[chosen], patterns.to(images), masks.to(images))
         inputs = images.index_copy(0, chosen, triggered)
         targets = torch.where(roles == POISONED, self.attack.relabel(labels), labels)
-        logits = self.model(inputs)
+        logits = predict(self.model, inputs)
         loss = F.cross_entropy(logits, targets)
         self.log("train/acc", (logits.detach().argmax(dim=1) == targets).float().mean(), prog_bar=True)
         pairs = min(len(poisoned), len(cross))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from nba_lightning.adapters import predict
 from nba_lightning.augmentation import RandomCropFlip
 from nba_lightning.behaviors.base import Behavior, alignment_loss
 from nba_lightning.behaviors.gram import ChannelGram
@@ -150,12 +151,12 @@ class NBA(Distillation):
         """The terms whose weight is not 0."""
         terms: dict[str, Tensor] = {}
         if self.clean_cross_entropy or self.suspicious is not None:
-            logits = self.model(images)
+            logits = predict(self.model, images)
             if self.clean_cross_entropy:
                 terms["clean_ce"] = self.clean_cross_entropy * F.cross_entropy(logits, labels)
             if self.suspicious is not None:
                 with torch.no_grad():
-                    answers = self.suspicious(images)
+                    answers = predict(self.suspicious, images)
                 terms["clean_kl"] = self.clean_distillation * kl_divergence(answers, logits).mean()
             self.log("train/acc", (logits.detach().argmax(dim=1) == labels).float().mean(), prog_bar=True)
         if self.uses_pseudo_samples:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from nba_lightning.adapters import predict
 from nba_lightning.checks import check_at_least, check_range
 from nba_lightning.functional import js_divergence
 from nba_lightning.modules.base import Defense, OptimizerFactory
@@ -82,24 +83,24 @@ class SAU(Defense):
         self.suspicious.eval()
         return self
 
-    def on_train_epoch_start(self) -> None:
+    def on_train_start(self) -> None:
         """Lightning leaves modes as they came, so they are set here."""
         self.train()
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy and the unlearning of shared adversarial examples."""
-        images, labels = batch[0], batch[1]
+        images, labels = self.unpack(batch)
         self.check_first_batch(images, batch_idx)
-        logits = self.model(images)
+        logits = predict(self.model, images)
         loss = F.cross_entropy(logits, labels)
         self.log("train/acc", (logits.detach().argmax(dim=1) == labels).float().mean(), prog_bar=True)
         if self.unlearning:
             perturbed = images + self.craft(images, labels)
             with torch.no_grad():
-                clean_answers = self.suspicious(images).argmax(dim=1)
-                answers = self.suspicious(perturbed).argmax(dim=1)
+                clean_answers = predict(self.suspicious, images).argmax(dim=1)
+                answers = predict(self.suspicious, perturbed).argmax(dim=1)
             fooled = (answers != labels) & (answers != clean_answers)
-            loss = loss + self.unlearning * unlearning_loss(self.model(perturbed), answers, fooled)
+            loss = loss + self.unlearning * unlearning_loss(predict(self.model, perturbed), answers, fooled)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -108,10 +109,10 @@ class SAU(Defense):
         perturbations = torch.full_like(images, self.epsilon)
         with evaluating(self.model, self.suspicious):
             with torch.no_grad():
-                before = [network(images).argmax(dim=1) for network in (self.model, self.suspicious)]
+                before = [predict(network, images).argmax(dim=1) for network in (self.model, self.suspicious)]
             for _ in range(self.steps):
                 leaf = perturbations.detach().requires_grad_()
-                logits = [network(images + leaf) for network in (self.model, self.suspicious)]
+                logits = [predict(network, images + leaf) for network in (self.model, self.suspicious)]
                 loss = self._crafting_loss(logits, before, labels)
                 step = torch.autograd.grad(loss, leaf)[0].sign()
                 perturbations = (leaf.detach() - self.step_size * step).clamp(-self.epsilon, self.epsilon)
