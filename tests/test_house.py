@@ -8,7 +8,18 @@ import pytest
 ROOT = Path(__file__).parent.parent / "nba_lightning"
 ORDER = [
     ["checks", "functional", "randomness"],
-    ["adapters", "features", "weights", "networks", "attacks", "behaviors", "pseudo", "augmentation", "metrics"],
+    [
+        "adapters",
+        "compilation",
+        "features",
+        "weights",
+        "networks",
+        "attacks",
+        "behaviors",
+        "pseudo",
+        "augmentation",
+        "metrics",
+    ],
     ["data", "callbacks"],
     ["modules"],
     ["figures"],

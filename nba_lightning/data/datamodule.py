@@ -170,6 +170,9 @@ class BackdoorDataModule(pl.LightningDataModule):
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
         with torch.inference_mode(False), torch.enable_grad():
             attack.compute(train, self.partition.training, self.partition.poisoned, device)
+        if self._world()[1] > 1 and attack.needs_compute:
+            assert self.trainer is not None
+            attack.restore(self.trainer.strategy.broadcast(attack.state_dict()))  # the same trigger on all processes
 
     def state_dict(self) -> dict[str, Any]:
         """The attack's learned or computed state, so that it travels in every checkpoint."""

@@ -49,6 +49,8 @@ class ANP(Defense):
         ValueError: if the network has no BatchNorm layer with weights, or an argument is out of range.
     """
 
+    compilable = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -88,9 +90,7 @@ class ANP(Defense):
         """The masks' loss under the worst perturbation of the neurons."""
         images, labels = self.unpack(batch)
         self.check_first_batch(images, batch_idx)
-        generator = generator_for(
-            self.seed, 6, self.trainer.global_rank, self.trainer.current_epoch, batch_idx, device=images.device
-        )
+        generator = generator_for(self.seed, 6, self.trainer.current_epoch, batch_idx, device=images.device)
         with frozen_statistics(self.model):
             delta, xi = self._worst(images, labels, generator)
             logits = self._perturbed(images)
@@ -125,7 +125,8 @@ class ANP(Defense):
         for _ in range(self.steps):
             leaves = [value.requires_grad_() for value in noise]
             loss = F.cross_entropy(self._perturbed(images, leaves[:count], leaves[count:]), labels)
-            gradients = torch.autograd.grad(loss, leaves)
+            # The same perturbation on all processes: the worst for the images of all.
+            gradients = [self.reduce(gradient) for gradient in torch.autograd.grad(loss, leaves)]
             noise = [
                 (leaf.detach() + self.epsilon / self.steps * gradient.sign()).clamp(-self.epsilon, self.epsilon)
                 for leaf, gradient in zip(leaves, gradients, strict=True)

@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -17,13 +19,15 @@ from torchmetrics.classification import MulticlassAccuracy
 from nba_lightning.adapters import bare, check_fit, predict, unpack
 from nba_lightning.callbacks.cleaned_weights import CleanedWeights
 from nba_lightning.callbacks.finite_loss import FiniteLoss
-from nba_lightning.checks import check_at_least, check_range, check_unit_range
+from nba_lightning.checks import check_at_least, check_range, check_unit_range, expected
+from nba_lightning.compilation import compile_regions, undo_compile
 from nba_lightning.metrics import IGNORE_LABEL, AttackSuccessRate, RobustAccuracy
 from nba_lightning.modules.schedule import cosine_factor
 from nba_lightning.weights import load_weights
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
+_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 
 class Classifier(pl.LightningModule):
@@ -44,7 +48,19 @@ class Classifier(pl.LightningModule):
             are not used.
         scheduler: another schedule, as a callable from the optimiser, stepped once an epoch.
         seed: seed of the module's own random draws.
+        compile: compile the networks by ``torch.compile`` while fitting and testing; a string names its backend.
+        channels_last: keep the networks' weights in channels-last order, which convolutions on many devices prefer.
+
+    Raises:
+        ValueError: for an argument out of its range, weights that do not fit, or ``compile`` where the method takes
+            second derivatives or replaces weights.
     """
+
+    needs_whole_network = False
+    """Whether the method works on the network beside the Trainer's own forward and backward pass."""
+
+    compilable = True
+    """Whether ``torch.compile`` can do the method's arithmetic."""
 
     def __init__(
         self,
@@ -57,6 +73,8 @@ class Classifier(pl.LightningModule):
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
         seed: int = 0,
+        compile: bool | str = False,  # noqa: A002
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self._keep_plain_hyperparameters()
@@ -64,12 +82,14 @@ class Classifier(pl.LightningModule):
         check_range("momentum", momentum, 0.0, 1.0, open_high=True)
         check_at_least("weight_decay", weight_decay, 0.0)
         check_range("warmup", warmup, 0.0, 1.0, open_high=True)
+        if compile and not self.compilable:
+            raise expected("compile", f"false for {type(self).__name__}, which torch.compile cannot follow", compile)
         if weights is not None:
             load_weights(model, weights)
         self.model = model
         self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
-        self.seed = seed
+        self.seed, self.compile_networks, self.channels_last = seed, compile, channels_last
         self._begun = -1
         self.evaluation = nn.ModuleDict({f"{stage}_metrics": _metrics() for stage in ("val", "test")})
 
@@ -89,11 +109,47 @@ class Classifier(pl.LightningModule):
         return predict(self.model, images)
 
     def setup(self, stage: str) -> None:
-        """Check once, before any long work, that the network takes the data's images and knows their classes."""
+        """Check once, before any long work, that the network takes the data's images and knows their classes.
+
+        Then bring the networks into the form that was asked for.
+        """
+        if self.needs_whole_network and isinstance(self.trainer.strategy, _SHARDED):
+            raise expected(
+                "strategy",
+                f"one that keeps the whole network on each process, such as `ddp`, for {type(self).__name__}, "
+                "whose hooks, perturbations or copies need all of it",
+                type(self.trainer.strategy).__name__,
+            )
         data = getattr(self.trainer, "datamodule", None)
         shape, classes = getattr(data, "image_shape", None), getattr(data, "num_classes", None)
         if shape is not None and classes is not None:
             check_fit(self.model, tuple(shape), int(classes))
+        for network in self.networks():
+            if self.channels_last:
+                network.to(memory_format=torch.channels_last)
+            if self.compile_networks:
+                backend = self.compile_networks if isinstance(self.compile_networks, str) else None
+                compile_regions(network, self.observed_layers(), backend)
+
+    def teardown(self, stage: str) -> None:
+        """Leave networks as they came, but for their weights."""
+        if self.compile_networks:
+            for network in self.networks():
+                undo_compile(network)
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        mean: Tensor = self.trainer.strategy.reduce(tensor, reduce_op="mean")
+        return mean
+
+    def networks(self) -> list[nn.Module]:
+        """The network, and those that are kept beside it: ``teacher``, ``suspicious``."""
+        found = (getattr(self, name, None) for name in ("model", "teacher", "suspicious"))
+        return [network for network in found if isinstance(network, nn.Module)]
+
+    def observed_layers(self) -> list[str]:
+        """Module paths of the layers whose features the method looks at."""
+        return []
 
     def begin_epoch(self) -> None:
         """What a subclass does at the start of each epoch; nothing by default."""
@@ -191,13 +247,16 @@ class Defense(Classifier):
     """Base class of all defences: a suspicious network comes in, a cleaned one goes out.
 
     A subclass writes its ``training_step``. At the end of ``fit`` the cleaned weights are written beside the
-    checkpoints as ``cleaned.safetensors``, with exactly the keys and dtypes of the network that came in.
+    checkpoints as ``cleaned.safetensors``, with exactly the keys and dtypes of the network that came in. Strategies
+    that shard the network (FSDP, DeepSpeed) are refused.
 
     Args:
         model: the suspicious network.
         weights: a file with its suspicious weights; ``None`` if ``model`` has them already.
         **kwargs: further arguments of :class:`Classifier`.
     """
+
+    needs_whole_network = True
 
     def __init__(self, model: nn.Module, weights: str | None = None, **kwargs: Any) -> None:
         super().__init__(model, weights, **kwargs)

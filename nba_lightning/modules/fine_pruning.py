@@ -64,6 +64,10 @@ class FinePruning(Defense):
         assert isinstance(linear, nn.Linear)
         return linear
 
+    def observed_layers(self) -> list[str]:
+        """The layer whose inputs are pruned."""
+        return [self.last]
+
     def on_train_start(self) -> None:
         """Prune, once."""
         if bool(self.pruned):  # a fit that was resumed
@@ -134,8 +138,10 @@ def keep_mask(
     features, labels = features[counted], labels[counted]
     kept = torch.ones(features.shape[1], device=features.device)
 
+    weight, bias = linear.weight.float(), None if linear.bias is None else linear.bias.float()
+
     def accuracy() -> Tensor:
-        logits = nn.functional.linear(features * kept, linear.weight.float(), linear.bias)
+        logits = nn.functional.linear(features * kept, weight, bias)
         return (logits.argmax(dim=1) == labels).float().mean()
 
     start = accuracy()

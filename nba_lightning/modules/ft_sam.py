@@ -67,7 +67,7 @@ class FTSAM(Defense):
         self.log("train/loss", loss.detach(), prog_bar=True)
         parameters = self.trained_parameters()
         gradients = [
-            self.trainer.strategy.reduce(gradient, reduce_op="mean")  # of all processes' images, as the step's is
+            self.reduce(gradient)  # of all processes' images, as the step's is
             for gradient in torch.autograd.grad(_SCALE * loss, parameters)
         ]
         self._kept = [(parameter, parameter.detach().clone()) for parameter in parameters]

@@ -44,6 +44,7 @@ class IBAU(Defense):
         **kwargs: further arguments of :class:`~nba_lightning.modules.base.Classifier`.
     """
 
+    compilable = False
     perturbation: Tensor
     inner_images: Tensor
     inner_labels: Tensor
@@ -93,8 +94,7 @@ class IBAU(Defense):
             perturbation = self._ascend(torch.zeros_like(first[:1]), first)
             for _ in range(number - 1):
                 perturbation = self._ascend(perturbation, next(batches))
-        # All processes go on with the same perturbation, the mean of theirs.
-        self.perturbation = self.trainer.strategy.reduce(perturbation, reduce_op="mean")
+        self.perturbation = perturbation
         self.inner_images = torch.empty(0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -113,7 +113,7 @@ class IBAU(Defense):
         with torch.no_grad():
             answers = predict(self.model, images).argmax(dim=1)
         loss = self._inner_loss(leaf, images, answers)
-        return leaf.detach() - self.inner_lr * torch.autograd.grad(loss, leaf)[0]
+        return leaf.detach() - self.inner_lr * self.reduce(torch.autograd.grad(loss, leaf)[0])
 
     def _inner_loss(self, perturbation: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         return self.penalty * perturbation.square().sum() - F.cross_entropy(
@@ -141,7 +141,7 @@ class IBAU(Defense):
             loss = self._inner_loss(perturbation, self.inner_images, self.inner_labels)
             return perturbation - self.inner_step * torch.autograd.grad(loss, perturbation, create_graph=True)[0]
 
-        value, gradients = hypergradient(outer, inner_map, self.perturbation, parameters, self.iterations)
+        value, gradients = hypergradient(outer, inner_map, self.perturbation, parameters, self.iterations, self.reduce)
         self.log("train/loss", value, prog_bar=True)
         # Its gradient is `gradients`, so precision, accumulation, clipping and processes stay the Trainer's business.
         steps = [(gradient * weight).sum() for gradient, weight in zip(gradients, parameters, strict=True)]
@@ -154,6 +154,7 @@ def hypergradient(
     solution: Tensor,
     parameters: Sequence[Tensor],
     iterations: int,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> tuple[Tensor, list[Tensor]]:
     r"""Derivative of an outer loss at the fixed point :math:`d = \Phi(d, \theta)` with respect to theta.
 
@@ -169,6 +170,7 @@ def hypergradient(
         solution: d.
         parameters: theta; each must require gradients.
         iterations: K.
+        reduce: averages a tensor over all processes, each of which has the loss and the map of its own images.
 
     Returns:
         The loss, detached, and one gradient for each parameter.
@@ -176,9 +178,9 @@ def hypergradient(
     leaf = solution.detach().requires_grad_()
     value = outer(leaf)
     direct_leaf, *direct = torch.autograd.grad(value, [leaf, *parameters], allow_unused=True, materialize_grads=True)
-    mapped = inner_map(leaf)
+    mapped, direct_leaf = inner_map(leaf), reduce(direct_leaf)
     vector = torch.zeros_like(leaf)
     for _ in range(iterations):
-        vector = torch.autograd.grad(mapped, leaf, vector, retain_graph=True)[0] + direct_leaf
+        vector = reduce(torch.autograd.grad(mapped, leaf, vector, retain_graph=True)[0]) + direct_leaf
     indirect = torch.autograd.grad(mapped, parameters, vector, allow_unused=True, materialize_grads=True)
     return value.detach(), [first + second for first, second in zip(direct, indirect, strict=True)]

@@ -44,6 +44,7 @@ class InputAwareTraining(Classifier):
     """
 
     applies_attack = True
+    needs_whole_network = True
     attack: InputAware
 
     def __init__(

@@ -60,6 +60,10 @@ class NAD(Distillation):
         check_at_least("power", power, 1.0)
         self.power = power
 
+    def observed_layers(self) -> list[str]:
+        """The layers that are aligned."""
+        return self.layers
+
     def student_step(self, images: Tensor, labels: Tensor, batch_idx: int) -> Tensor:
         """Cross-entropy and attention distances."""
         logits, observed = features(self.model, images, self.layers)

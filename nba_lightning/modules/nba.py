@@ -139,13 +139,11 @@ class NBA(Distillation):
         """Craft against the current student; see :class:`~nba_lightning.pseudo.PseudoSamples`."""
         generator = generator_for(self.seed, 4, self.trainer.current_epoch, device=self.device)
         with evaluating(self.model, self.teacher), self.trainer.precision_plugin.forward_context():
-            self.pseudo.regenerate(
-                self.model,
-                self.teacher,
-                batches,
-                generator,
-                lambda tensor: self.trainer.strategy.reduce(tensor, reduce_op="mean"),
-            )
+            self.pseudo.regenerate(self.model, self.teacher, batches, generator, self.reduce)
+
+    def observed_layers(self) -> list[str]:
+        """The layers that are aligned."""
+        return self.layers
 
     def student_step(self, images: Tensor, labels: Tensor, batch_idx: int) -> Tensor:
         """The terms whose weight is not 0."""

@@ -1,0 +1,142 @@
+"""What one process of several does; torchrun starts it, and the tests call it in one process to compare.
+
+torchrun --standalone --nproc-per-node 2 -m tests.processes.cases FOLDER
+"""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from nba_lightning import (
+    ANP,
+    FTSAM,
+    IBAU,
+    NAD,
+    NBA,
+    SAU,
+    BackdoorDataModule,
+    Classifier,
+    FinePruning,
+    FineTuning,
+    InputAwareTraining,
+)
+from nba_lightning.attacks import LC, BadNets, InputAware, TrojanNN
+from nba_lightning.networks import SmallCNN
+from nba_lightning.pseudo import UniversalPerturbations
+
+GLOBAL_BATCH = 24
+
+
+class NoStatistics(nn.Module):
+    """A network without batch normalisation, whose mean gradient does not depend on how a batch is split."""
+
+    feature_layers = ["first", "second"]
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2))
+        self.second = nn.Sequential(nn.Conv2d(6, 8, 3, padding=1), nn.Tanh())
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, images):
+        return self.fc(self.second(self.first((images - 0.5) / 0.25)).mean(dim=(2, 3)))
+
+
+def network(cls=NoStatistics):
+    torch.manual_seed(11)
+    return SmallCNN(width=4, in_channels=1) if cls is SmallCNN else cls()
+
+
+def nba():
+    return NBA(network(), teacher_epochs=1, pseudo=UniversalPerturbations(rms=0.2, steps=3))
+
+
+# Defences whose step on a global batch is the same however the batch is split.
+SAME = {
+    "fine_tuning": lambda: FineTuning(network()),
+    "fine_pruning": lambda: FinePruning(network(), max_drop=0.3),
+    "nad": lambda: NAD(network(), teacher_epochs=1, betas=[1.0, 1.0], lr=0.02),
+    "nba": nba,
+    "ft_sam": lambda: FTSAM(network(), rho=0.5),
+    "sau": lambda: SAU(network(), lr=1e-3),
+    "i_bau": lambda: IBAU(network(), portion=1.0, lr=1e-3),
+}
+
+
+def trainer(folder, world, **kwargs):
+    defaults = {
+        "accelerator": "cpu",
+        "devices": world,
+        "strategy": "ddp_find_unused_parameters_true" if world > 1 else "auto",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "limit_val_batches": 0,
+        "default_root_dir": folder,
+        "max_epochs": 2,
+    }
+    return pl.Trainer(**(defaults | kwargs))
+
+
+def data(world, attack=None, train_on="clean", **kwargs):
+    return BackdoorDataModule(
+        attack=attack or BadNets(), train_on=train_on, batch_size=GLOBAL_BATCH // world, eval_batch_size=13, **kwargs
+    )
+
+
+def run(folder, world):
+    """Everything that must be the same on every process and for any number of them."""
+    found = {}
+    for name, make in SAME.items():
+        module, loaded, runner = make(), data(world), trainer(Path(folder) / name, world)
+        runner.fit(module, loaded)
+        found[name] = module.model.state_dict()
+        found[f"{name}/metrics"] = trainer(folder, world).test(module, loaded, verbose=False)
+        if name == "nba":
+            found["bank"], found["partition"] = module.pseudo.bank, vars(loaded.partition)
+    return found
+
+
+def agree(folder, world):
+    """What must be the same on every process, but depends on how batches are split."""
+    found = {}
+    joint = data(world, InputAware(width=8), "poisoned")
+    joint.batch_size = 128
+    module = InputAwareTraining(network(SmallCNN), mask_epochs=1)
+    trainer(folder, world).fit(module, joint)
+    found["input_aware"] = {**module.model.state_dict(), **joint.attack.pattern_network.state_dict()}
+    for name, attack in {
+        "trojannn": TrojanNN(network(SmallCNN).eval(), steps=3),
+        "lc": LC(network(SmallCNN).eval(), steps=2),
+    }.items():
+        poisoned = data(world, attack, "poisoned")
+        poisoned.batch_size = 128
+        classifier = Classifier(network(SmallCNN))
+        trainer(folder, world, max_steps=3, max_epochs=-1).fit(classifier, poisoned)
+        state = {key: value for key, value in attack.state_dict().items() if isinstance(value, torch.Tensor)}
+        found[name] = {**classifier.model.state_dict(), **state}
+    anp, loaded = ANP(network(SmallCNN)), data(world)
+    saver = ModelCheckpoint(Path(folder) / "ckpt", save_last=True)
+    trainer(folder, world, enable_checkpointing=True, callbacks=[saver]).fit(anp, loaded)
+    # The mask of a channel is trained on every process; running statistics are each process's own.
+    found["anp"] = {f"mask{i}": mask.detach() for i, mask in enumerate(anp.masks)}
+    return found
+
+
+def main():
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    folder, world = Path(sys.argv[1]), 2
+    found = run(folder, world) | agree(folder / "agree", world)
+    torch.save(found, folder / f"rank{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main()
