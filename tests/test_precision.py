@@ -64,7 +64,7 @@ def test_pseudo_samples_in_half_precision_point_where_float32_ones_do(disagreeme
     assert half.dtype == torch.float32
     assert torch.cosine_similarity(whole.flatten(1), half.flatten(1)).min() > 0.9
     assert reached(half) == pytest.approx(reached(whole), rel=0.1)
-    assert reached(half) > 1.5 * reached(torch.zeros_like(half))
+    assert reached(half) > 1.1 * reached(torch.zeros_like(half))
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
