@@ -54,7 +54,10 @@ def _lightning(arguments: list[str] | None) -> None:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"callbacks": [PredictionWriter()]},
+        trainer_defaults={
+            "callbacks": [PredictionWriter()],
+            "plugins": [{"class_path": "nba_lightning.checkpoints.SafeCheckpointIO"}],
+        },
         parser_kwargs={"version": __version__, "prog": "nba-lightning", "description": DESCRIPTION},
         args=arguments,
     )

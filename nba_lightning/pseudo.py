@@ -5,7 +5,7 @@ Crafted from clean images against the student and the frozen teacher alone; the 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,17 @@ from nba_lightning.checks import check_at_least, check_range
 from nba_lightning.functional import js_divergence, kl_divergence
 
 Reduce = Callable[[Tensor], Tensor]
+
+
+def same(tensor: Tensor) -> Tensor:
+    """The mean over one process."""
+    return tensor
+
+
+def repeated(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The batches again and again."""
+    while True:
+        yield from batches
 
 
 class Disagreement(nn.Module, ABC):
@@ -62,22 +73,28 @@ class PseudoSamples(nn.Module, ABC):
         self,
         student: nn.Module,
         teacher: nn.Module,
-        batches: Iterator[Tensor],
-        generator: torch.Generator,
-        reduce: Reduce,
+        batches: Iterable[Tensor],
+        generator: torch.Generator | None = None,
+        reduce: Reduce = same,
     ) -> None:
         """Renew what is kept from epoch to epoch; nothing by default.
 
         Args:
-            student: the current student, in ``eval`` mode.
-            teacher: the frozen teacher, in ``eval`` mode.
-            batches: endless clean images `(B, C, H, W)` in [0, 1].
-            generator: source of randomness, the same on all processes, on the images' device.
-            reduce: averages a tensor over all processes.
+            student: the current student; it is in ``eval`` mode meanwhile.
+            teacher: the frozen teacher, likewise.
+            batches: clean images `(B, C, H, W)` in [0, 1]; a sequence of batches is gone through again and again.
+            generator: source of randomness, the same on all processes, on the images' device; ``None`` is torch's own.
+            reduce: averages a tensor over all processes; one process needs none.
         """
 
     @abstractmethod
-    def forward(self, images: Tensor, student: nn.Module, teacher: nn.Module, generator: torch.Generator) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        student: nn.Module | None = None,
+        teacher: nn.Module | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Perturbations `(B, C, H, W)` for clean images `(B, C, H, W)` in [0, 1]; not yet clamped."""
 
     def _ascend(self, perturbations: Tensor, gradients: Tensor, step_size: float) -> Tensor:
@@ -127,25 +144,33 @@ class UniversalPerturbations(PseudoSamples):
         self,
         student: nn.Module,
         teacher: nn.Module,
-        batches: Iterator[Tensor],
-        generator: torch.Generator,
-        reduce: Reduce,
+        batches: Iterable[Tensor],
+        generator: torch.Generator | None = None,
+        reduce: Reduce = same,
     ) -> None:
         """Some gradient steps on the bank; see :meth:`PseudoSamples.regenerate`."""
+        endless = batches if isinstance(batches, Iterator) else repeated(batches)
         for step in range(self.steps):
-            images = next(batches)
+            images = next(endless)
             if self.bank.numel() == 0 or (self.restart and step == 0):
                 self.bank = self._noise(images, generator)
             owner = torch.arange(len(images), device=images.device) % self.number
-            gradients = reduce(self._gradients(student, teacher, images, self.bank, owner))
+            with evaluating(student, teacher):
+                gradients = reduce(self._gradients(student, teacher, images, self.bank, owner))
             self.bank = self._ascend(self.bank, gradients, _step_size(self.rms, self.steps, images))
 
-    def _noise(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _noise(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         shape = (self.number, *images.shape[1:])
         noise = torch.randn(shape, generator=generator, device=images.device)
         return project(noise, self.rms) * 0.1
 
-    def forward(self, images: Tensor, student: nn.Module, teacher: nn.Module, generator: torch.Generator) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        student: nn.Module | None = None,
+        teacher: nn.Module | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """One perturbation of the bank for each image, drawn at random."""
         if self.bank.numel() == 0:
             raise RuntimeError("Call `regenerate` (or add PseudoSampleRegeneration to the callbacks) before sampling.")
@@ -173,8 +198,16 @@ class SamplePerturbations(PseudoSamples):
     def __init__(self, rms: float = 0.0361, steps: int = 3, disagreement: Disagreement | None = None) -> None:
         super().__init__(rms, steps, disagreement)
 
-    def forward(self, images: Tensor, student: nn.Module, teacher: nn.Module, generator: torch.Generator) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        student: nn.Module | None = None,
+        teacher: nn.Module | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Gradient steps from noise, both networks in ``eval`` mode."""
+        if student is None or teacher is None:
+            raise ValueError("Expected `student` and `teacher` to be networks for SamplePerturbations, but got None.")
         noise = torch.randn(images.shape, generator=generator, device=images.device)
         perturbations = project(noise, self.rms) * 0.1
         owner = torch.arange(len(images), device=images.device)

@@ -10,6 +10,7 @@ ORDER = [
     ["checks", "functional", "randomness"],
     [
         "adapters",
+        "checkpoints",
         "compilation",
         "features",
         "weights",

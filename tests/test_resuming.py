@@ -1,6 +1,13 @@
 """A fit that was killed anywhere goes on from its last checkpoint to the same weights, bit by bit."""
 
 import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -10,9 +17,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from nba_lightning import ANP, NBA, BackdoorDataModule, Classifier, FineTuning, InputAwareTraining
 from nba_lightning.attacks import BadNets, InputAware, WaNet
 from nba_lightning.augmentation import RandomCropFlip
+from nba_lightning.checkpoints import SafeCheckpointIO
 from nba_lightning.data.sampler import ResumableLoader
 from nba_lightning.pseudo import UniversalPerturbations
 from tests.test_modules import DEFENSES, build, states_equal
+
+ROOT = Path(__file__).parent.parent
 
 
 class Killed(Exception):  # noqa: N818
@@ -140,3 +150,85 @@ def test_a_loader_draws_nothing_before_it_is_asked():
     assert drawn == [1]  # only the first epoch can have been interrupted
     assert len(rest) == len(every) - 1
     assert all(torch.equal(a[0], b[0]) for a, b in zip(rest, every[1:], strict=True))
+
+
+def test_three_kills_at_random_moments_change_no_bit(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "resume.py"), "--points", "3", "--seed", "5"]
+    ran = subprocess.run([*command, "--result", str(tmp_path / "r.json")], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    points = json.loads((tmp_path / "r.json").read_text())["points"]
+    assert len(points) == 3
+    assert all(point["same"] for point in points)
+    assert max(point["resumed_from_step"] for point in points) > 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "code"])
+def test_a_broken_checkpoint_is_named_with_the_newest_good_one(damage, network, clean_digits, trainer, tmp_path):
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, save_last=True, filename="{epoch}")
+    trainer(max_epochs=3, enable_checkpointing=True, callbacks=[saver]).fit(FineTuning(network), clean_digits)
+    broken, newest = tmp_path / "last.ckpt", tmp_path / "epoch=2.ckpt"
+    content = broken.read_bytes()
+    broken.unlink()
+    if damage == "code":
+        torch.save({"state_dict": {}, "function": print}, broken)
+    else:
+        broken.write_bytes({"truncated": content[: len(content) // 2], "garbage": b"x" * 999, "empty": b""}[damage])
+    os.utime(newest)
+    runner = trainer(max_epochs=4, plugins=[SafeCheckpointIO()])
+    with pytest.raises(ValueError, match=r"last\.ckpt' is truncated or corrupt.*newest good one is .*epoch=2\.ckpt"):
+        runner.fit(FineTuning(network), clean_digits, ckpt_path=broken)
+    newest.write_bytes(content[:100])
+    with pytest.raises(ValueError, match=r"newest good one is .*epoch=1\.ckpt"):
+        runner.fit(FineTuning(network), clean_digits, ckpt_path=broken)
+    for path in tmp_path.glob("epoch=*.ckpt"):
+        path.unlink()
+    with pytest.raises(ValueError, match="No other checkpoint lies beside it"):
+        runner.fit(FineTuning(network), clean_digits, ckpt_path=broken)
+    with pytest.raises(FileNotFoundError):
+        runner.fit(FineTuning(network), clean_digits, ckpt_path=tmp_path / "none.ckpt")
+
+
+def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path):
+    """SLURM's part is played by environment variables, a signal and a `scontrol` that takes a note."""
+    (tmp_path / "bin").mkdir()
+    control = tmp_path / "bin" / "scontrol"
+    control.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
+    control.chmod(0o755)
+    slurm = {"JOB_ID": "7", "JOB_NAME": "nba", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    env = os.environ | {f"SLURM_{key}": value for key, value in slurm.items()}
+    env |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1"}
+    configs = ("data/digits", "attack/badnets", "defense/fine_tuning", "network/small_cnn_digits")
+    command = [sys.executable, "-m", "nba_lightning", "fit"]
+    command += [part for name in configs for part in ("--config", str(ROOT / "configs" / f"{name}.yaml"))]
+    command += ["--data.batch_size", "8", "--trainer.max_epochs", "400", "--trainer.accelerator", "cpu"]
+    command += ["--trainer.devices", "1", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
+    command += ["--trainer.default_root_dir", str(tmp_path), "--checkpoint.dirpath", str(tmp_path / "ckpt")]
+
+    first = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for((tmp_path / "ckpt" / "last.ckpt").exists, first)
+        first.send_signal(signal.SIGUSR1)
+        wait_for((tmp_path / "requeued").exists, first)
+    finally:
+        first.kill()
+        first.wait()
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
+    assert saved["global_step"] > 0
+    epochs = saved["epoch"] + 3
+    second = subprocess.run(
+        [*command, "--trainer.max_epochs", str(epochs)], env=env, capture_output=True, text=True, check=False
+    )
+    assert second.returncode == 0, second.stderr
+    assert "hpc_ckpt_1.ckpt" in second.stderr + second.stdout
+    last = torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=True)
+    assert last["epoch"] == epochs - 1
+    assert last["global_step"] == epochs * 7  # 7 batches an epoch: none was trained on twice
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)

@@ -19,7 +19,7 @@ from nba_lightning.features import features, resolve_layers
 from nba_lightning.functional import kl_divergence
 from nba_lightning.modules.distillation import Distillation
 from nba_lightning.modules.statistics import frozen_statistics
-from nba_lightning.pseudo import PseudoSamples, UniversalPerturbations, evaluating
+from nba_lightning.pseudo import PseudoSamples, UniversalPerturbations
 from nba_lightning.randomness import generator_for
 
 
@@ -138,7 +138,7 @@ class NBA(Distillation):
     def regenerate_pseudo_samples(self, batches: Iterator[Tensor]) -> None:
         """Craft against the current student; see :class:`~nba_lightning.pseudo.PseudoSamples`."""
         generator = generator_for(self.seed, 4, self.trainer.current_epoch, device=self.device)
-        with evaluating(self.model, self.teacher), self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context():
             self.pseudo.regenerate(self.model, self.teacher, batches, generator, self.reduce)
 
     def observed_layers(self) -> list[str]:

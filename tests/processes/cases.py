@@ -73,7 +73,7 @@ def trainer(folder, world, **kwargs):
     defaults = {
         "accelerator": "cpu",
         "devices": world,
-        "strategy": "ddp_find_unused_parameters_true" if world > 1 else "auto",
+        "strategy": "ddp" if world > 1 else "auto",
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -110,7 +110,8 @@ def agree(folder, world):
     joint = data(world, InputAware(width=8), "poisoned")
     joint.batch_size = 128
     module = InputAwareTraining(network(SmallCNN), mask_epochs=1)
-    trainer(folder, world).fit(module, joint)
+    strategy = "ddp_find_unused_parameters_true" if world > 1 else "auto"
+    trainer(folder, world, strategy=strategy).fit(module, joint)
     found["input_aware"] = {**module.model.state_dict(), **joint.attack.pattern_network.state_dict()}
     for name, attack in {
         "trojannn": TrojanNN(network(SmallCNN).eval(), steps=3),
