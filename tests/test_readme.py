@@ -1,0 +1,66 @@
+"""The README's examples run as they stand there, on few and small images."""
+
+import re
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import timm
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet18
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+SECTION = README.split("## In your project")[1].split("\n## ")[0]
+EXAMPLES = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """What the examples take for granted. Trainers are short, and quiet."""
+    monkeypatch.chdir(tmp_path)
+    fit = pl.Trainer.__init__
+
+    def short(self, *args, max_epochs, **kwargs):
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        fit(self, *args, max_epochs=max_epochs, limit_train_batches=1, **quiet, **kwargs)
+
+    monkeypatch.setattr(pl.Trainer, "__init__", short)
+    torch.manual_seed(0)
+    images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
+    torch.save({"model": resnet18(num_classes=10).state_dict(), "epoch": 3}, "suspicious.pth")
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10)
+    torch.save({f"module.{name}": value for name, value in vit.state_dict().items()}, "suspicious_vit.pth")
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normalized = (images - mean[:, None, None]) / std[:, None, None]
+    return {
+        "clean_loader": DataLoader(TensorDataset(images, labels), 2),
+        "normalized_loader": DataLoader(TensorDataset(normalized, labels), 4),
+        "suspicious_network": resnet18(num_classes=10),
+        "fine_tuned_network": resnet18(num_classes=10),
+        "__name__": "example",
+    }
+
+
+def test_there_are_three_and_they_are_short():
+    assert len(EXAMPLES) == 3
+    assert all(len(example.splitlines()) <= 30 for example in EXAMPLES)
+
+
+@pytest.mark.parametrize("index", range(3), ids=["torchvision", "timm", "lightning"])
+def test_examples_run_as_they_stand(index, names):
+    before = {name: value.clone() for name, value in names["suspicious_network"].state_dict().items()}
+    exec(EXAMPLES[index], names)
+    network = names.get("network", names["suspicious_network"])
+    state = network.state_dict()
+    assert all(torch.isfinite(value).all() for value in state.values())
+    if index == 2:
+        assert any(not torch.equal(value, before[name]) for name, value in state.items())
+        assert names["module"].pseudo.bank.abs().max() > 0
+    else:
+        cleaned = list(Path.cwd().rglob("cleaned.safetensors"))
+        assert len(cleaned) == 1
+        loaded = torch.load("suspicious_vit.pth" if index else "suspicious.pth", weights_only=True)
+        start = {name.removeprefix("module."): value for name, value in loaded.get("model", loaded).items()}
+        assert state.keys() == start.keys()
+        assert any(not torch.equal(value, start[name]) for name, value in state.items())
