@@ -103,7 +103,7 @@ def implant(args: argparse.Namespace, source: Source, row: Row) -> dict[str, Any
         epochs += module["init_args"].get("mask_epochs", 0)
     implanting = build(Classifier, merged(module, {"init_args": {"model": network_spec(args)}}))
     implanting.model = model
-    datamodule = data(args, source, attack, batch_size=BATCH_SIZE)
+    datamodule = data(args, source, attack, batch_size=BATCH_SIZE, **own_data(row.attack))
     with metered(implanting, type(model)) as meter:
         trainer(args, epochs).fit(implanting, datamodule)
     cell = {"attack": row.attack, "defense": "none", "seed": row.seed, **test(args, Classifier(model), datamodule)}
@@ -114,6 +114,13 @@ def implant(args: argparse.Namespace, source: Source, row: Row) -> dict[str, Any
     cell |= {"settings": {"epochs": epochs, "batch_size": BATCH_SIZE}, **provenance(args)}
     save_weights(model.state_dict(), args.work / f"{row.label}.safetensors")
     return cell
+
+
+def own_data(name: str) -> dict[str, Any]:
+    """What an attack's config says of the poisoned training's data beside the attack."""
+    if name == "clean":
+        return {}
+    return {key: value for key, value in config("attack", name)["data"]["init_args"].items() if key != "attack"}
 
 
 def references(args: argparse.Namespace, datamodule: BackdoorDataModule) -> dict[str, Any]:

@@ -20,15 +20,17 @@ class FTrojan(Attack):
     The DCT and the colour transform are linear, so all images get the same pattern, which is computed once.
 
     Source: Wang et al., "An invisible black-box backdoor attack through frequency domain", ECCV 2022
-    (arXiv 2111.10991), sections 3.2 and 4.1: chroma channels, blocks of 32x32, a middle and the highest frequency
-    (15, 15) and (31, 31), magnitude 30 of 255. The authors' code truncates chroma to whole levels on the way, which
-    the quantised image would hide anyway; we do not. A public benchmark flattens the list of positions to numbers,
-    which we take for an oversight.
+    (arXiv 2111.10991), and the authors' public code: chroma channels, blocks of 32x32, a middle and the highest
+    frequency (15, 15) and (31, 31), magnitude 30 of 255, 5 % of the images, training without augmentation (a shift or
+    a flip turns the pattern's sign). That code truncates chroma to whole levels on the way, which the quantised image
+    would hide anyway; we do not. A public benchmark takes magnitude 50 and flattens the list of positions to numbers,
+    which we take for an oversight; we follow the authors.
 
     Args:
         magnitude: what is added to each coefficient of the orthonormal DCT, in units of the image range [0, 1].
         block: side of a block in pixels; ``None`` is 32, or the image's shorter side where 32 does not divide both.
         positions: ``(row, column)`` of the coefficients; ``None`` is the middle and the highest frequency.
+        poison_rate: share of the whole training set; see :class:`~nba_lightning.attacks.base.Attack`.
         **kwargs: see :class:`~nba_lightning.attacks.base.Attack`.
 
     Raises:
@@ -43,9 +45,10 @@ class FTrojan(Attack):
         magnitude: float = 30 / 255,
         block: int | None = None,
         positions: Sequence[tuple[int, int]] | None = None,
+        poison_rate: float = 0.05,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(poison_rate=poison_rate, **kwargs)
         check_at_least("magnitude", magnitude, 0.0)
         if block is not None:
             check_at_least("block", block, 2)

@@ -31,7 +31,8 @@ class Steganography(pl.LightningModule):
 
     Args:
         lr: learning rate of Adam.
-        image_weight: weight :math:`\lambda` of the mean squared error, reached linearly over the fit's first half.
+        image_weight: weight :math:`\lambda` of the mean squared error, reached linearly over the fit's first half. At
+            100 the string hides at 40 dB, where a small network that is trained for a few epochs does not learn it.
         seed: seed of the random bits.
     """
 
@@ -39,7 +40,7 @@ class Steganography(pl.LightningModule):
     attack: SSBA
     decoder: nn.Module
 
-    def __init__(self, lr: float = 2e-3, image_weight: float = 100.0, seed: int = 0) -> None:
+    def __init__(self, lr: float = 2e-3, image_weight: float = 10.0, seed: int = 0) -> None:
         super().__init__()
         check_range("lr", lr, 0.0, float("inf"), open_low=True)
         check_at_least("image_weight", image_weight, 0.0)
