@@ -100,18 +100,19 @@ def data(args: argparse.Namespace, source: Source, attack: Attack | None, **kwar
     return BackdoorDataModule(source, attack, **{"augment": augment, "eval_batch_size": 500, **kwargs})
 
 
-def trainer(args: argparse.Namespace, epochs: int) -> pl.Trainer:
-    return pl.Trainer(
-        max_epochs=epochs,
-        devices=1,
-        precision=args.precision,
-        logger=False,
-        enable_checkpointing=False,
-        limit_val_batches=0,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        default_root_dir=args.work,
-    )
+def trainer(args: argparse.Namespace, epochs: int, **kwargs: Any) -> pl.Trainer:
+    settings: dict[str, Any] = {
+        "max_epochs": epochs,
+        "devices": 1,
+        "precision": args.precision,
+        "logger": False,
+        "enable_checkpointing": False,
+        "limit_val_batches": 0,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "default_root_dir": args.work,
+    }
+    return pl.Trainer(**(settings | kwargs))
 
 
 def test(args: argparse.Namespace, module: Classifier, datamodule: BackdoorDataModule) -> dict[str, float]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import nn
 
 
@@ -42,6 +43,9 @@ def compile_regions(network: nn.Module, observed: Sequence[str], backend: str | 
         backend: of :func:`torch.compile`; ``None`` is its default.
     """
     options: dict[str, Any] = {} if backend is None else {"backend": backend}
+    # All blocks of a network share one function, and its variants (shapes, modes, networks) one limit, of 8 by default.
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, limit, max(256, getattr(torch._dynamo.config, limit)))
     for region in regions(network, observed):
         region.forward = torch.compile(region.forward, **options)
 
