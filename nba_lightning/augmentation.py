@@ -35,7 +35,7 @@ class RandomCropFlip(nn.Module):
             `(B, C, H, W)`.
         """
         check_image_batch("images", images)
-        batch, _, height, width = images.shape
+        batch, channels, height, width = images.shape
         padding = height // 8 if self.padding is None else self.padding
         device = images.device
         offsets = torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator, device=device)
@@ -45,5 +45,5 @@ class RandomCropFlip(nn.Module):
             mirrored = torch.rand((batch, 1), generator=generator, device=device) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
         padded = F.pad(images, (padding,) * 4)
-        sample = torch.arange(batch, device=device)[:, None, None]
-        return padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        pixels = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(batch, 1, -1)
+        return padded.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(images)
