@@ -104,6 +104,7 @@ def test_shipped_data_and_trainers_parse(name, capsys):
     wanted = yaml.safe_load((CONFIGS / name).read_text())
     if kind == "trainer":
         assert wanted["trainer"].items() <= shown["trainer"].items()
+        assert shown["trainer"]["plugins"] == [{"class_path": "nba_lightning.checkpoints.SafeCheckpointIO"}]
     else:
         source = wanted["data"]["init_args"]["source"]
         assert shown["data"]["init_args"]["source"]["class_path"] == source["class_path"]
