@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import platform
+import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -27,12 +28,12 @@ from nba_lightning import BackdoorDataModule, Classifier
 from nba_lightning.attacks import Attack
 from nba_lightning.augmentation import RandomCropFlip
 from nba_lightning.data import Source
-from nba_lightning.data.dataset import LabeledImages
+from nba_lightning.data.dataset import LabeledImages, MemoryImages
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
 ATTACKS = sorted(path.stem for path in (CONFIGS / "attack").glob("*.yaml") if path.stem != "none")
-BATCH_SIZE, DEFENSE_BATCH_SIZE = 128, 50
+BATCH_SIZE, SHAPE = 128, (3, 32, 32)
 
 
 class Loaded(Source):
@@ -43,6 +44,22 @@ class Loaded(Source):
 
     def load(self) -> tuple[LabeledImages, LabeledImages]:
         return self.sets
+
+
+class Noise(Source):
+    """Random images of CIFAR-10's shape, in ten classes."""
+
+    def __init__(self, number: int) -> None:
+        pixels = torch.randint(0, 256, (number, *SHAPE), dtype=torch.uint8)
+        self.images = MemoryImages(pixels, torch.arange(number) % 10)
+
+    def load(self) -> tuple[LabeledImages, LabeledImages]:
+        return self.images, self.images
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean and sample standard deviation."""
+    return {"mean": round(statistics.mean(values), 3), "std": round(statistics.stdev(values), 3), "n": len(values)}
 
 
 def parser(description: str | None, results: str) -> argparse.ArgumentParser:

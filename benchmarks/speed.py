@@ -10,11 +10,10 @@ there, so a run that was stopped keeps what it has. ``--only`` names some of the
 import argparse
 import copy
 import json
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
-from common import network, provenance, quiet, trainer
+from common import SHAPE, Noise, network, provenance, quiet, spread, trainer
 from meter import metered
 from PIL import Image
 from torch import Tensor, nn
@@ -33,25 +32,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from nba_lightning import NBA, BackdoorDataModule, Classifier, FineTuning
 from nba_lightning.augmentation import RandomCropFlip
 from nba_lightning.behaviors import alignment_loss
-from nba_lightning.data import Source
-from nba_lightning.data.dataset import LabeledImages, MemoryImages
 from nba_lightning.features import features
 from nba_lightning.functional import kl_divergence
 from nba_lightning.modules.statistics import frozen_statistics
-
-SHAPE = (3, 32, 32)
-
-
-class Noise(Source):
-    """Random images of CIFAR-10's shape."""
-
-    def __init__(self, number: int) -> None:
-        self.images = MemoryImages(
-            torch.randint(0, 256, (number, *SHAPE), dtype=torch.uint8), torch.arange(number) % 10
-        )
-
-    def load(self) -> tuple[LabeledImages, LabeledImages]:
-        return self.images, self.images
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -74,10 +57,6 @@ def timed(function: Callable[[], Any]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": round(statistics.mean(values), 3), "std": round(statistics.stdev(values), 3), "n": len(values)}
 
 
 def ratio(args: argparse.Namespace, first: Callable[[], float], second: Callable[[], float]) -> dict[str, float]:
@@ -194,6 +173,16 @@ def nba_over_its_passes(args: argparse.Namespace) -> dict[str, float]:
     return ratio(args, lambda: fit(args, NBA(network(args), teacher=network(args)), loader), bare)
 
 
+def nba_over_fine_tuning(args: argparse.Namespace) -> dict[str, float]:
+    """An NBA epoch that aligns over a fine-tuning epoch."""
+    loader = batches(args, 50)
+    return ratio(
+        args,
+        lambda: fit(args, NBA(network(args), teacher=network(args)), loader),
+        lambda: fit(args, FineTuning(network(args)), loader),
+    )
+
+
 def loader_over_input_path(args: argparse.Namespace) -> dict[str, float]:
     """A standard torchvision loader over ours: from uint8 images to augmented float batches, no network."""
     number = 4 * args.images
@@ -286,6 +275,7 @@ RATIOS = {
     for function in (
         step_over_bare_loop,
         nba_over_its_passes,
+        nba_over_fine_tuning,
         loader_over_input_path,
         channels_last_over_plain,
         compiled_over_plain,

@@ -12,7 +12,6 @@ import argparse
 import json
 import logging
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -21,16 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import data, network, provenance, trainer
+from common import SHAPE, Noise, data, network, provenance, spread, trainer
 from PIL import Image
 from scipy import fft, ndimage
 
 from nba_lightning import Classifier
 from nba_lightning.attacks import BPP, SIG, Attack, BadNets, Blended, FTrojan, WaNet
 from nba_lightning.data import Source
-from nba_lightning.data.dataset import LabeledImages, MemoryImages
 
-SHAPE = (3, 32, 32)
 Loop = Callable[[np.ndarray], np.ndarray]
 
 
@@ -111,10 +108,6 @@ def seconds(function: Callable[[], Any], repeats: int) -> float:
     return best
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"mean": round(statistics.mean(values), 3), "std": round(statistics.stdev(values), 3), "n": len(values)}
-
-
 def rates(attack: Attack, loop: Loop, batch: int, rounds: int) -> dict[str, float]:
     """Images per second of ours over the loop's."""
     images, labels = torch.randint(0, 256, (batch, *SHAPE), dtype=torch.uint8), torch.randint(0, 10, (batch,))
@@ -132,17 +125,6 @@ def rates(attack: Attack, loop: Loop, batch: int, rounds: int) -> dict[str, floa
     for function in (ours, theirs):
         function()
     return spread([seconds(theirs, 5) / seconds(ours, 30) for _ in range(rounds)])
-
-
-class Noise(Source):
-    """Random images of CIFAR-10's shape."""
-
-    def __init__(self, number: int) -> None:
-        labels = torch.arange(number) % 10
-        self.images = MemoryImages(torch.randint(0, 256, (number, *SHAPE), dtype=torch.uint8), labels)
-
-    def load(self) -> tuple[LabeledImages, LabeledImages]:
-        return self.images, self.images
 
 
 def epochs(args: argparse.Namespace, attack: Attack, source: Source) -> dict[str, float]:
