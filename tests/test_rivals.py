@@ -3,6 +3,7 @@
 import copy
 import math
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
@@ -281,3 +282,16 @@ def test_i_bau_finds_a_perturbation_that_hurts_and_keeps_the_statistics(network,
     assert hurt > plain
     with pytest.raises(ValueError, match=r"Expected `portion` to be in \(0, 1\], but got 0"):
         IBAU(network, portion=0)
+
+
+def test_anp_leaves_weights_alone_while_it_trains_masks(network, clean_digits, trainer):
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    module = ANP(network, threshold=0.0)
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, *args):
+            assert not any(parameter.requires_grad or parameter.grad is not None for parameter in network.parameters())
+
+    trainer(max_epochs=1, callbacks=[Look()]).fit(module, clean_digits)
+    assert all(torch.equal(value, before[name]) for name, value in network.named_parameters())
+    assert all(parameter.requires_grad for parameter in network.parameters())
