@@ -101,7 +101,7 @@ def test_accumulated_gradients_are_the_trainer_s_business(network, trainer, tmp_
 
 
 def test_anp_s_masks_are_in_range_in_every_checkpoint(network, trainer, tmp_path):
-    assert fit(lambda: ANP(network, lr=5.0), defender, trainer, tmp_path, 3, max_epochs=2, every=1) is None
+    assert fit(lambda: ANP(network, lr=50.0), defender, trainer, tmp_path, 3, max_epochs=2, every=1) is None
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     masks = torch.cat([value for name, value in state.items() if name.startswith("masks.")])
     assert masks.min() == 0.0  # the step went far below
