@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-_BROKEN = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
+BROKEN = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
+"""What reading a file that is no whole checkpoint may raise."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -35,7 +36,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=True)
         except FileNotFoundError:
             raise
-        except _BROKEN as error:
+        except BROKEN as error:
             good = self.newest_good(Path(path))
             advice = "No other checkpoint lies beside it." if good is None else f"The newest good one is {str(good)!r}."
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -48,7 +49,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
             try:
                 super().load_checkpoint(path, weights_only=True)
-            except _BROKEN:
+            except BROKEN:
                 continue
             return path
         return None

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from nba_lightning import __version__
 from nba_lightning.callbacks import NonFiniteLossError, PredictionWriter
+from nba_lightning.checkpoints import BROKEN, SafeCheckpointIO
 
 DESCRIPTION = """Implant backdoors into image classifiers and remove them.
 `nba-lightning demo` does both to a small network, in about a minute."""
@@ -23,6 +24,15 @@ class NBALightningCLI(LightningCLI):
         """Add ``--checkpoint``: where checkpoints go and how many are kept."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.enable_version_counter": False})
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning reads the checkpoint here once more, before there is a Trainer with its plugins.
+        try:
+            super()._parse_ckpt_path()
+        except BROKEN:
+            path = self.config[self.config.subcommand].ckpt_path
+            SafeCheckpointIO().load_checkpoint(path)  # says what is wrong, and which checkpoint is not
+            raise
 
 
 def main(args: Sequence[str] | None = None) -> None:

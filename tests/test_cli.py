@@ -209,3 +209,14 @@ def test_help_and_version_as_a_process():
         [sys.executable, "-m", "nba_lightning", "demo", "--help"], capture_output=True, text=True, check=True
     )
     assert all(word in shown.stdout for word in ("--output", "--seed", "--attack", "folder for"))
+
+
+def test_a_broken_checkpoint_is_reported_with_the_newest_good_one(tmp_path):
+    run = ["fit", *compose(defense="fine_tuning"), "--data.batch_size", "8", *quick(tmp_path)]
+    run += ["--checkpoint.dirpath", str(tmp_path)]
+    main([*run, "--trainer.max_epochs", "1"])
+    good = tmp_path / "last.ckpt"
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(good.read_bytes()[:500])
+    with pytest.raises(SystemExit, match=r"broken\.ckpt' is truncated or corrupt"):
+        main([*run, "--trainer.max_epochs", "2", "--ckpt_path", str(broken)])
