@@ -73,8 +73,8 @@ def ratio(args: argparse.Namespace, first: Callable[[], float], second: Callable
     return spread(found)
 
 
-def batches(args: argparse.Namespace, size: int) -> DataLoader[Any]:
-    images, labels = torch.rand(args.images, *SHAPE), torch.arange(args.images) % 10
+def batches(args: argparse.Namespace, size: int, times: int = 1) -> DataLoader[Any]:
+    images, labels = torch.rand(times * args.images, *SHAPE), torch.arange(times * args.images) % 10
     return DataLoader(TensorDataset(images, labels), size, drop_last=True)
 
 
@@ -112,7 +112,7 @@ def device() -> torch.device:
 
 def step_over_bare_loop(args: argparse.Namespace) -> dict[str, float]:
     """An epoch of Classifier under the Trainer over a loop of PyTorch with the same arithmetic."""
-    loader = batches(args, 128)
+    loader = batches(args, 128, times=4)
 
     def bare() -> float:
         model = network(args).to(device())

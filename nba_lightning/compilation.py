@@ -46,6 +46,7 @@ def compile_regions(network: nn.Module, observed: Sequence[str], backend: str | 
     # All blocks of a network share one function, and its variants (shapes, modes, networks) one limit, of 8 by default.
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     setattr(torch._dynamo.config, limit, max(256, getattr(torch._dynamo.config, limit)))
+    undo_compile(network)  # of a fit that broke off
     for region in regions(network, observed):
         region.forward = torch.compile(region.forward, **options)
 

@@ -86,7 +86,7 @@ class ANP(Defense):
     def setup(self, stage: str) -> None:
         """As usual; the network's own weights rest during a fit, which spares their gradients."""
         super().setup(stage)
-        if stage == "fit":
+        if stage == "fit" and not self._trainable:  # else a fit broke off
             self._trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             self.model.requires_grad_(False)
 
