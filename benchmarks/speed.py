@@ -303,8 +303,9 @@ def main() -> None:
         return
     result = json.loads(args.result.read_text()) if args.result.exists() else {"ratios": {}}
     for name in args.only:
-        result["ratios"][name] = found = RATIOS[name](args)
-        result |= {"images": args.images, **provenance(args)}
+        found: dict[str, float] = RATIOS[name](args)
+        result["ratios"][name] = {**found, "images": args.images}
+        result |= provenance(args)
         args.result.parent.mkdir(parents=True, exist_ok=True)
         args.result.write_text(json.dumps(result, indent=1) + "\n")
         print(f"{name}: {found['mean']} ± {found['std']} (n = {found['n']})", flush=True)
