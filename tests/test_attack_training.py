@@ -227,3 +227,14 @@ def test_the_patterns_come_to_rest_with_the_classifier(small, trainer):
     assert torch.allclose(pattern / 0.01, classifier / 0.1)
     assert pattern[-1] < 1e-6
     assert mask.eq(0.01).all()
+
+
+def test_mask_diversity_is_in_units_of_the_images_spread(small, trainer):
+    """Images of half the contrast ask for the same masks."""
+    module, data = InputAwareTraining(small, mask_epochs=1, lambda_norm=0.0), digits(InputAware(width=8))
+    trainer(max_steps=1, max_epochs=2).fit(module, data)
+    images = torch.rand(8, 1, 8, 8)
+    masks = torch.rand(8, 1, 8, 8)
+    module.attack.mask = lambda _: masks
+    whole, faint = module._mask_loss(images), module._mask_loss(0.5 * images)
+    assert whole.item() == pytest.approx(faint.item(), rel=1e-4)

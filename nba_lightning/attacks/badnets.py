@@ -15,9 +15,9 @@ _POSITIONS = ("bottom-right", "bottom-left", "top-right", "top-left", "center")
 class BadNets(Attack):
     r"""A patch replaces the pixels under it, :math:`x' = (1 - m) \odot x + m \odot p`.
 
-    Source: Gu et al., "BadNets: identifying vulnerabilities in the machine learning model supply chain", 2017
-    (arXiv 1708.06733), section 3.1 (single pixel and pattern backdoors in the bottom right corner); the 3x3
-    checkerboard on CIFAR-10 follows common practice.
+    Source: Gu et al., "BadNets: identifying vulnerabilities in the machine learning model supply chain", 2017 (arXiv
+    1708.06733), section 3.1 (single pixel and pattern backdoors in the bottom right corner); the 3x3 checkerboard on
+    CIFAR-10 follows the codes of NAD and ANP, where a public benchmark takes a white square.
 
     Args:
         size: side of the square patch in pixels.

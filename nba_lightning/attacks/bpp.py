@@ -20,8 +20,9 @@ class BPP(Attack):
 
     Source: Wang et al., "BppAttack: stealthy and efficient trojan attacks against deep neural networks via image
     quantization and contrastive adversarial learning", CVPR 2022 (arXiv 2205.13383), section 4. Levels, negative
-    share and no dithering are the defaults of the public codes (8 levels; as many negative images as triggered ones);
-    the paper describes dithering. Their adversarial examples as further negatives are left out, as there.
+    share and no dithering are the defaults of the public codes (8 levels, though one's example asks for 32; as many
+    negative images as triggered ones, 20 % each in the authors' code and 10 % in a public benchmark, as here); the
+    paper describes dithering. Their adversarial examples as further negatives are left out, as there.
 
     Args:
         levels: levels L of each channel, 2 to 256.

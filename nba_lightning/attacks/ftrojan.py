@@ -20,11 +20,12 @@ class FTrojan(Attack):
     The DCT and the colour transform are linear, so all images get the same pattern, which is computed once.
 
     Source: Wang et al., "An invisible black-box backdoor attack through frequency domain", ECCV 2022
-    (arXiv 2111.10991), and the authors' public code: chroma channels, blocks of 32x32, a middle and the highest
-    frequency (15, 15) and (31, 31), magnitude 30 of 255, 5 % of the images, training without augmentation (a shift or
-    a flip turns the pattern's sign). That code truncates chroma to whole levels on the way, which the quantised image
-    would hide anyway; we do not. A public benchmark takes magnitude 50 and flattens the list of positions to numbers,
-    which we take for an oversight; we follow the authors.
+    (arXiv 2111.10991). Their public codes disagree; we follow the older (FTrojanAttack/FTrojan): chroma channels,
+    blocks of 32x32, a middle and the highest frequency (15, 15) and (31, 31), magnitude 30 of 255, 5 % of the images,
+    training without augmentation, since a shift mixes the pattern's phase and a flip turns its sign. The newer
+    (SoftWiser-group/FTrojan) poisons 2 % at magnitude 20; a public benchmark 10 % at 30, with augmentation. All of
+    them cut Y, Cr and Cb to whole levels after the inverse transform, which adds a faint constant cast of colour that
+    survives augmentation; we add the pattern alone.
 
     Args:
         magnitude: what is added to each coefficient of the orthonormal DCT, in units of the image range [0, 1].

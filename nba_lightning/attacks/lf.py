@@ -18,11 +18,13 @@ class LF(SurrogateAttack):
     r"""A low-pass filtered pattern is added, :math:`x' = x + g * \delta`.
 
     Without a surrogate, :math:`\delta` is noise. With one, it is found by gradient descent on the surrogate's loss
-    for the target class over training images, as the source does.
+    for the target class over training images.
 
-    Source: Zeng et al., "Rethinking the backdoor attacks' triggers: a frequency perspective", ICCV 2021
-    (arXiv 2104.03413), section 5 (smooth triggers through a Gaussian low-pass filter). Its amplitude is not fixed
-    there; ours keeps the trigger at about 23 dB PSNR.
+    Source: Zeng et al., "Rethinking the backdoor attacks' triggers: a frequency perspective", ICCV 2021 (arXiv
+    2104.03413), section 5 (smooth triggers through a Gaussian low-pass filter). The authors' code finds
+    :math:`\delta` by a targeted universal DeepFool instead, filters more strongly (about 0.85 periods) and scales to
+    [0, 0.2], which only brightens; ours has no mean and the strength of a public benchmark's copy of their trigger, a
+    root mean square of 0.07.
 
     Args:
         surrogate: see :class:`~nba_lightning.attacks.surrogate.SurrogateAttack`; optional here.

@@ -19,12 +19,13 @@ class Refool(Attack):
     The kernel k is out of focus (a Gaussian blur under a vignette) or a ghost (two shifted copies, as of a thick
     pane). Which reflection an image gets depends on the image alone, so the trigger is sample-specific.
 
-    Source: Liu et al., "Reflection backdoor: a natural backdoor attack on deep neural networks", ECCV 2020
-    (arXiv 2007.02343), section 3.1 (equations 1 to 4). Ghost share 0.49, alpha 0.4 and the ranges of shift, blur and
-    ghost weight follow a public benchmark and the generator that both use (Wan et al., ICCV 2017), with shifts scaled
-    to the image. The paper poisons the target class only; that benchmark relabels, which we follow (``clean_label``
-    gives the paper's form). Reflections are drawn at random instead of selected for their effect, which would need a
-    second data set.
+    Source: Liu et al., "Reflection backdoor: a natural backdoor attack on deep neural networks", ECCV 2020 (arXiv
+    2007.02343), section 3.1 (equations 1 to 4). Ghost share 0.49 and the ranges of shift, blur and ghost weight
+    follow the authors' code and a public benchmark, with shifts scaled to the image as in the benchmark (3 to 8 of 32
+    pixels; the authors' are of 560). Alpha 0.4 is the benchmark's, the authors draw 0.55 to 0.95. Their subtraction
+    of over-exposed light and the crop behind a ghost's shift are left out. The paper poisons the target class only;
+    that benchmark relabels, which we follow (``clean_label`` gives the paper's form). Reflections are drawn at random
+    instead of selected for their effect, which would need a second data set.
 
     Args:
         reflections: number of reflected images.

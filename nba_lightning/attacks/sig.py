@@ -15,7 +15,8 @@ class SIG(Attack):
 
     Source: Barni et al., "A new backdoor attack in CNNs by training set corruption without label poisoning", ICIP
     2019 (arXiv 1902.11237), section 3 (f = 6; :math:`\Delta` 40 of 255, also 20). Half of a class of CIFAR-10 is
-    poisoned by default; the paper's shares are of the target class, ours of the training set.
+    poisoned by default (a public benchmark takes all of it); the paper's shares are of the target class, ours of the
+    training set.
 
     Args:
         delta: amplitude :math:`\Delta` in units of the image range [0, 1], in (0, 1].

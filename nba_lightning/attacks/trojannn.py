@@ -22,10 +22,12 @@ class TrojanNN(SurrogateAttack):
     over the values p under the mask m, for neurons n of one layer with target activation t. The neurons are those
     with the largest sum of absolute weights to the next layer, so that they are easy to drive and to learn from.
 
-    Source: Liu et al., "Trojaning attack on neural networks", NDSS 2018, section IV (neuron selection, equation 1,
-    trojan square in the lower right corner of 7 % of the image). Two neurons of the last features and a target of
-    100 follow a public benchmark. The poisoned network is trained from scratch on the original images, as there,
-    where the paper retrains the given network on reverse-engineered ones.
+    Source: Liu et al., "Trojaning attack on neural networks", NDSS 2018, section IV-A (neuron selection, equation 2;
+    the loss, algorithm 1) and VI (a square of 7 % of the image, there at 70 % transparency; opaque here by default).
+    The paper selects by weights to the preceding layer, the authors' code and a public benchmark by those to the
+    following one, as we do. Two neurons of the last features and a target of 100 follow that benchmark; its square
+    lies in the corner, the authors' a little inside. The poisoned network is trained from scratch on the original
+    images, as there, where the paper retrains the given network on reverse-engineered ones.
 
     Args:
         surrogate: see :class:`~nba_lightning.attacks.surrogate.SurrogateAttack`.

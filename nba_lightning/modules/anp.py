@@ -29,9 +29,10 @@ class ANP(Defense):
 
     Source: Wu & Wang, "Adversarial neuron pruning purifies backdoored deep models", NeurIPS 2021 (arXiv 2110.14430),
     section 4, equation 3, and the authors' code: epsilon 0.4, one step, alpha 0.2, SGD at 0.2 with momentum 0.9 over
-    2,000 batches of 128, threshold 0.2. That code lets a perturbation leave [-epsilon, epsilon] after its random
-    start; we project it back, as the equation says. A public benchmark picks the threshold by the *test* figures;
-    here it is fixed, since a defender cannot.
+    2,000 batches of 128. That code lets a perturbation leave [-epsilon, epsilon] after its random start; we project it
+    back, as the equation says. Its rate is constant, ours a cosine with Nesterov momentum; it zeroes a pruned channel's
+    weight alone, we its bias too. The authors' code tries thresholds from 0 to 0.9, a public benchmark picks one by the
+    *test* figures; here it is fixed at 0.2, since a defender cannot.
 
     Args:
         model: the suspicious network; it must have BatchNorm layers with weights.

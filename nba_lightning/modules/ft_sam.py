@@ -28,8 +28,8 @@ class FTSAM(Defense):
     not touch BatchNorm statistics.
 
     Source: Zhu et al., "Enhancing fine-tuning based backdoor defense with sharpness-aware minimization", ICCV 2023
-    (arXiv 2304.11823), section 3.3: rho 2 on CIFAR-10. Learning rate 0.01, label smoothing 0.1 and 100 epochs with a
-    cosine at batches of 256 are those of the authors' benchmark.
+    (arXiv 2304.11823), section 3.3: rho 2 on CIFAR-10. Learning rate 0.01, label smoothing 0.1 (of the other classes
+    there, of all classes here) and 100 epochs with a cosine at batches of 256 are those of the authors' benchmark.
 
     Args:
         model: the suspicious network.

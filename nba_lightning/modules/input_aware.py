@@ -30,13 +30,15 @@ class InputAwareTraining(Classifier):
     processes take the strategy ``ddp_find_unused_parameters_true``, since each phase leaves a network out.
 
     Source: Nguyen & Tran, NeurIPS 2020 (arXiv 2010.08138), sections 3.3 and 3.4; weights, density and learning rates
-    as in the authors' code (``lambda_div`` 1, ``lambda_norm`` 100, density 0.032, Adam 0.01 with betas 0.5 and 0.9).
+    as in the authors' code (``lambda_div`` 1, ``lambda_norm`` 100, density 0.032, Adam 0.01 with betas 0.5 and 0.9),
+    which trains for 25 + 575 epochs and draws poisoned images anew in each batch. Their images are normalised, so the
+    masks' diversity loss measures images in units of their standard deviation.
 
     Args:
         model: the network.
         mask_epochs: epochs for the mask network alone, out of the Trainer's ``max_epochs``.
         generator_lr: learning rate of both generators' Adam; the pattern network's falls with the classifier's, by a
-            cosine to 0 over the joint epochs (the authors step both down, each five and four times).
+            cosine to 0 over the joint epochs (the authors step both down four times).
         lambda_div: weight of the diversity loss.
         lambda_norm: weight of the masks' density loss.
         mask_density: mask value that costs nothing.
@@ -149,7 +151,8 @@ class InputAwareTraining(Classifier):
     def _mask_loss(self, images: Tensor) -> Tensor:
         masks = self.attack.mask(images)
         density = F.relu(masks - self.mask_density).mean()
-        diversity = diversity_loss(images, images.roll(1, 0), masks, masks.roll(1, 0))
+        scaled = images / images.std().clamp(min=1e-6)
+        diversity = diversity_loss(scaled, scaled.roll(1, 0), masks, masks.roll(1, 0))
         return self.lambda_norm * density + self.lambda_div * diversity
 
     def _joint_loss(self, images: Tensor, labels: Tensor, roles: Tensor) -> Tensor:
