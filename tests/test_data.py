@@ -97,7 +97,8 @@ class Attached:
 
     def __init__(self, training):
         self.training = training
-        self.fit_loop = type("Loop", (), {"epoch_loop": type("Inner", (), {"batch_idx": 0})})
+        inner = type("Inner", (), {"batch_idx": 0})
+        self.fit_loop = type("Loop", (), {"epoch_loop": inner, "restarted_mid_epoch": False})
 
 
 def test_training_batches_are_poisoned_on_the_device():

@@ -232,3 +232,9 @@ def wait_for(condition, process, seconds=120):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+def test_a_trainer_that_brings_its_own_sampler_is_let(network, clean_digits, trainer):
+    runner = trainer(max_epochs=2, overfit_batches=2)
+    runner.fit(FineTuning(network), clean_digits)
+    assert runner.global_step == 4

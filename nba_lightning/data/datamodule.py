@@ -128,17 +128,16 @@ class BackdoorDataModule(pl.LightningDataModule):
     def _loader(self, batches: Batches, batch_size: int, shuffle: bool) -> DataLoader[Any]:
         rank, world_size = self._world()
         workers = 0 if batches.source.in_memory else self.num_workers
-        return ResumableLoader(
-            batches,
-            self._batches_done if shuffle else lambda: 0,
-            batch_size=batch_size,
-            sampler=SeededSampler(batches, shuffle, self.order_seed, rank, world_size),
-            collate_fn=_identity,
-            drop_last=shuffle,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        options: dict[str, Any] = {
+            "batch_size": batch_size,
+            "sampler": SeededSampler(batches, shuffle, self.order_seed, rank, world_size),
+            "collate_fn": _identity,
+            "drop_last": shuffle,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+        return ResumableLoader(batches, self._batches_done, **options) if shuffle else DataLoader(batches, **options)
 
     def _ready(self) -> tuple[LabeledImages, LabeledImages]:
         if self._sets is None:

@@ -47,19 +47,20 @@ class ResumableLoader(DataLoader[Any]):
 
     Args:
         dataset: see :class:`torch.utils.data.DataLoader`.
-        done: batches of the epoch at hand that were trained on before; asked once, when the first epoch begins.
+        done: batches of the epoch at hand that were trained on before; asked once, when the first epoch begins;
+            ``None`` for none.
         **kwargs: see :class:`torch.utils.data.DataLoader`.
     """
 
-    def __init__(self, dataset: Dataset[Any], done: Callable[[], int], **kwargs: Any) -> None:
+    def __init__(self, dataset: Dataset[Any], done: Callable[[], int] | None = None, **kwargs: Any) -> None:
         super().__init__(dataset, **kwargs)
-        self.done: Callable[[], int] | None = done
+        self.done = done
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Batches of this epoch, or of the rest of it."""
-        assert isinstance(self.sampler, SeededSampler)
-        assert self.batch_size is not None
-        self.sampler.start = 0 if self.done is None else self.done() * self.batch_size
+        # The Trainer may put another sampler in (`overfit_batches`), which knows no start.
+        if isinstance(self.sampler, SeededSampler) and self.batch_size is not None:
+            self.sampler.start = 0 if self.done is None else self.done() * self.batch_size
         self.done = None
         yield from super().__iter__()
 
