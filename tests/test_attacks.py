@@ -137,6 +137,19 @@ def test_poisoning_a_batch_touches_whom_it_should(attack_class):
         assert changed.max() <= 1
 
 
+@torch.no_grad()
+def test_a_ghost_has_no_edge_where_its_shift_ended():
+    class Even(TinySet):
+        def read(self, indices):
+            return torch.full_like(super().read(indices), 128)
+
+    attack = Refool(reflections=8, ghost_rate=1.0, alpha=0.4)
+    attack.prepare((3, 16, 16), 10)
+    compute(attack, Even((3, 16, 16)))
+    light = 0.6 * (128 / 255) ** 2.2
+    torch.testing.assert_close(attack.layers, torch.full((8, 3, 16, 16), light))
+
+
 @pytest.mark.parametrize("attack_class", ATTACKS)
 def test_relabelling(attack_class):
     labels = torch.arange(5)

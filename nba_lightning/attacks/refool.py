@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
@@ -23,7 +24,7 @@ class Refool(Attack):
     2007.02343), section 3.1 (equations 1 to 4). Ghost share 0.49 and the ranges of shift, blur and ghost weight
     follow the authors' code and a public benchmark, with shifts scaled to the image as in the benchmark (3 to 8 of 32
     pixels; the authors' are of 560). Alpha 0.4 is the benchmark's, the authors draw 0.55 to 0.95. Their subtraction
-    of over-exposed light and the crop behind a ghost's shift are left out. The paper poisons the target class only;
+    of over-exposed light is left out. The paper poisons the target class only;
     that benchmark relabels, which we follow (``clean_label`` gives the paper's form). Reflections are drawn at random
     instead of selected for their effect, which would need a second data set.
 
@@ -100,14 +101,15 @@ def _uniform(low: float, high: float, generator: torch.Generator) -> float:
 
 
 def _ghost(light: Tensor, alpha: float, generator: torch.Generator) -> Tensor:
-    """Two copies of `(C, H, W)`, shifted against each other by 3 to 8 pixels of 32."""
+    """Two copies of `(C, H, W)`, shifted against each other by 3 to 8 pixels of 32; their overlap is enlarged."""
     height, width = light.shape[1:]
-    rows, columns = (max(1, round(_uniform(3, 8, generator) * side / 32)) for side in (height, width))
+    shifts = [round(_uniform(3, 8, generator) * side / 32) for side in (height, width)]
+    rows, columns = (min(max(1, shift), side - 1) for shift, side in zip(shifts, (height, width), strict=True))
     weight = _uniform(0.15, 0.5, generator)
     weight = weight if _uniform(0, 1, generator) < 0.5 else 1 - weight
-    shifted = torch.zeros_like(light)
-    shifted[:, rows:, columns:] = light[:, : height - rows, : width - columns]
-    return (1 - alpha) * (weight * light + (1 - weight) * shifted)
+    # Only where both copies lie, so that no edge of the shifted one shows.
+    overlap = weight * light[:, rows:, columns:] + (1 - weight) * light[:, : height - rows, : width - columns]
+    return (1 - alpha) * F.interpolate(overlap[None], size=(height, width), mode="bilinear")[0]
 
 
 def _out_of_focus(light: Tensor, alpha: float, generator: torch.Generator) -> Tensor:
