@@ -1,7 +1,11 @@
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# Networks this small gain nothing from threads, which wait for one another where the machine does other work too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes that tests start
 
 import lightning.pytorch as pl
 import pytest
