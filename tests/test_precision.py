@@ -86,6 +86,19 @@ def test_joint_training_in_half_precision(network, trainer):
     assert runner.test(Classifier(network), data, verbose=False)[1]["test/asr"] >= 0
 
 
+def test_a_nearly_empty_mask_can_grow_again_in_bfloat16():
+    attack = InputAware(width=8)
+    attack.prepare((1, 8, 8), 10)
+    nn.init.zeros_(attack.mask_network.last.weight)
+    nn.init.constant_(attack.mask_network.last.bias, -1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        mask = attack.mask(torch.rand(2, 1, 8, 8))
+    assert mask.dtype == torch.float32
+    assert mask.max() < 1e-5
+    mask.sum().backward()
+    assert (attack.mask_network.last.bias.grad > 0).all()
+
+
 def test_a_backdoor_is_implanted_in_bfloat16_as_in_float32(trainer):
     rates = {}
     for precision in ("32-true", "bf16-mixed"):

@@ -55,12 +55,13 @@ class InputAware(Attack):
 
     def pattern(self, images: Tensor) -> Tensor:
         """Patterns `(B, C, H, W)` in [0, 1]."""
-        raw: Tensor = self.pattern_network(images)
+        raw: Tensor = self.pattern_network(images).float()
         return raw.tanh() / 2 + 0.5
 
     def mask(self, images: Tensor) -> Tensor:
         """Nearly binary masks `(B, 1, H, W)` in [0, 1]."""
-        raw: Tensor = self.mask_network(images)
+        # In half precision both would be flat long before they are 0 or 1, and a mask once empty would stay so.
+        raw: Tensor = self.mask_network(images).float()
         soft = raw.tanh() / 2 + 0.5
         return (20 * soft - 10).tanh() / 2 + 0.5
 
