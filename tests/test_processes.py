@@ -1,6 +1,5 @@
 """Two processes do what one does with the same global batch. CPU, gloo."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,6 @@ def both(tmp_path_factory):
     ran = subprocess.run(
         [*launch, "-m", "tests.processes.cases", str(folder)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,

@@ -55,13 +55,12 @@ class InputAware(Attack):
 
     def pattern(self, images: Tensor) -> Tensor:
         """Patterns `(B, C, H, W)` in [0, 1]."""
-        raw: Tensor = self.pattern_network(images).float()
+        raw: Tensor = self.pattern_network(images)
         return raw.tanh() / 2 + 0.5
 
     def mask(self, images: Tensor) -> Tensor:
         """Nearly binary masks `(B, 1, H, W)` in [0, 1]."""
-        # In half precision both would be flat long before they are 0 or 1, and a mask once empty would stay so.
-        raw: Tensor = self.mask_network(images).float()
+        raw: Tensor = self.mask_network(images)
         soft = raw.tanh() / 2 + 0.5
         return (20 * soft - 10).tanh() / 2 + 0.5
 
@@ -80,7 +79,7 @@ class InputAware(Attack):
 
 
 class Autoencoder(nn.Module):
-    """Three stages down and up again; `(B, C, H, W)` to `(B, out_channels, H, W)` of any size."""
+    """Three stages down and up again; `(B, C, H, W)` to float32 `(B, out_channels, H, W)` of any size."""
 
     def __init__(self, in_channels: int, out_channels: int, width: int) -> None:
         super().__init__()
@@ -102,7 +101,8 @@ class Autoencoder(nn.Module):
         for stage, size in zip(self.up, reversed(sizes), strict=True):
             features = stage(F.interpolate(features, size, mode="bilinear", align_corners=False))
         output: Tensor = self.last(features)
-        return output
+        # In half precision what follows would be flat long before it is 0 or 1: a mask once empty would stay so.
+        return output.float()
 
 
 def _block(in_channels: int, out_channels: int) -> nn.Sequential:

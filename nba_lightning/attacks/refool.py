@@ -24,9 +24,9 @@ class Refool(Attack):
     2007.02343), section 3.1 (equations 1 to 4). Ghost share 0.49 and the ranges of shift, blur and ghost weight
     follow the authors' code and a public benchmark, with shifts scaled to the image as in the benchmark (3 to 8 of 32
     pixels; the authors' are of 560). Alpha 0.4 is the benchmark's, the authors draw 0.55 to 0.95. Their subtraction
-    of over-exposed light is left out. The paper poisons the target class only;
-    that benchmark relabels, which we follow (``clean_label`` gives the paper's form). Reflections are drawn at random
-    instead of selected for their effect, which would need a second data set.
+    of over-exposed light is left out. The paper poisons the target class only; that benchmark relabels, which we
+    follow (``clean_label`` gives the paper's form). Reflections are drawn at random instead of selected for their
+    effect, which would need a second data set.
 
     Args:
         reflections: number of reflected images.
@@ -103,8 +103,7 @@ def _uniform(low: float, high: float, generator: torch.Generator) -> float:
 def _ghost(light: Tensor, alpha: float, generator: torch.Generator) -> Tensor:
     """Two copies of `(C, H, W)`, shifted against each other by 3 to 8 pixels of 32; their overlap is enlarged."""
     height, width = light.shape[1:]
-    shifts = [round(_uniform(3, 8, generator) * side / 32) for side in (height, width)]
-    rows, columns = (min(max(1, shift), side - 1) for shift, side in zip(shifts, (height, width), strict=True))
+    rows, columns = (min(max(1, round(_uniform(3, 8, generator) * side / 32)), side - 1) for side in (height, width))
     weight = _uniform(0.15, 0.5, generator)
     weight = weight if _uniform(0, 1, generator) < 0.5 else 1 - weight
     # Only where both copies lie, so that no edge of the shifted one shows.
