@@ -57,12 +57,12 @@ class PseudoSamples(nn.Module, ABC):
 
     Args:
         rms: bound on the root mean square of a perturbation over its values, in units of the image range [0, 1].
-            0.0722 is a Euclidean norm of 4 for 3x32x32 images.
+            0.018 is a Euclidean norm of 1 for 3x32x32 images.
         steps: gradient steps.
         disagreement: what is maximised; KL(teacher || student) by default.
     """
 
-    def __init__(self, rms: float = 0.0722, steps: int = 10, disagreement: Disagreement | None = None) -> None:
+    def __init__(self, rms: float = 0.018, steps: int = 10, disagreement: Disagreement | None = None) -> None:
         super().__init__()
         check_range("rms", rms, 0.0, 1.0, open_low=True)
         check_at_least("steps", steps, 0)
@@ -130,7 +130,7 @@ class UniversalPerturbations(PseudoSamples):
     def __init__(
         self,
         number: int = 1,
-        rms: float = 0.0722,
+        rms: float = 0.018,
         steps: int = 10,
         disagreement: Disagreement | None = None,
         restart: bool = False,
