@@ -3,6 +3,7 @@
     python benchmarks/report.py                       # defences: averages, then every attack
     python benchmarks/report.py --figure grid.png
     python benchmarks/report.py --only nba no_alignment form_fsp
+    python benchmarks/report.py --compact             # the table of README.md: attacks as columns
 
 Figures are means over the seeds, and in the averages over the attacks that every defence has met.
 """
@@ -64,6 +65,30 @@ def table(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapping
             failed = [cell["error"] for cell in group if "error" in cell]
             note = f" ({len(failed)} failed: {failed[0]})" if failed else ""
             lines.append(f"| {attack} | {defense} | {len(group) - len(failed)}{note} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def compact(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapping[str, Any]]) -> str:
+    """An attack a column, ACC, ASR and RA below each other; the best mean of each in bold."""
+    attacks = [attack for attack, row in before.items() if "never_poisoned" in row]
+    names = sorted({defense for attack in attacks for defense in found[attack]})
+    shown: dict[str, dict[str, list[str]]] = {name: {} for name in names}
+    for attack in attacks:
+        for metric, best in (("acc", max), ("asr", min), ("ra", max)):
+            met = {n: v for n in names if (v := values(found[attack].get(n, []), metric))}
+            means = {name: round(statistics.mean(v), 1) for name, v in met.items()}
+            for name, v in met.items():
+                text = f"**{spread(v)}**" if means[name] == best(means.values()) else spread(v)
+                shown[name].setdefault(attack, []).append(text)
+    limits = {
+        "*undefended*": before,
+        "*never poisoned*": {attack: before[attack]["never_poisoned"] for attack in attacks},
+    }
+    rows = {n: {a: [spread(values([row[a]], m)) for m in METRICS[:3]] for a in attacks} for n, row in limits.items()}
+    rows |= shown
+    lines = ["| ACC, ASR, RA | " + " | ".join(attacks) + " |", "|---" * (len(attacks) + 1) + "|"]
+    for name, columns in rows.items():
+        lines.append(f"| {name} | " + " | ".join("<br>".join(columns.get(a, ["not run"])) for a in attacks) + " |")
     return "\n".join(lines)
 
 
@@ -150,6 +175,7 @@ def main() -> None:
     options.add_argument("--results", type=Path, default=HERE / "results" / "defenses")
     options.add_argument("--attack-results", type=Path, default=HERE / "results" / "attacks")
     options.add_argument("--only", nargs="+", help="these defences; by default all without `@` and ablations")
+    options.add_argument("--compact", action="store_true", help="one small table instead, attacks as columns")
     options.add_argument("--figure", type=Path, help="draw it into this file")
     args = options.parse_args()
     ablations = {path.stem for path in (HERE / "ablations").glob("*.yaml")}
@@ -162,7 +188,8 @@ def main() -> None:
         raise SystemExit(f"No such cell in {args.results}; run benchmarks/grid.py first.")
     paths = {attack: args.attack_results / f"{attack}-none-0.json" for attack in found}
     before = {attack: json.loads(path.read_text()) for attack, path in paths.items() if path.exists()}
-    print(averages(found, before), table(found, before), sep="\n\n")
+    parts = [compact(found, before)] if args.compact else [averages(found, before), table(found, before)]
+    print(*parts, sep="\n\n")
     if args.figure:
         figure(found, before, args.figure)
 

@@ -84,6 +84,19 @@ def test_the_report_has_averages_rows_and_a_figure(grid, tmp_path):
     assert (tmp_path / "grid.png").stat().st_size > 10_000
 
 
+def test_the_compact_report_marks_the_best_of_each_figure(grid, tmp_path):
+    folder, _ = grid
+    figures = {"fine_tuning": (0.7, 0.1, 0.6), "nba": (0.8, 0.1, 0.7)}
+    for defense, (acc, asr, ra) in figures.items():
+        cell = {"attack": "badnets", "defense": defense, "seed": 0, "acc": acc, "asr": asr, "ra": ra}
+        (tmp_path / f"{defense}.json").write_text(json.dumps(cell))
+    report = call("report", folder, "--compact", "--results", str(tmp_path))
+    assert report.returncode == 0, report.stderr
+    assert "| fine_tuning | 70.0<br>**10.0**<br>60.0 |" in report.stdout
+    assert "| nba | **80.0**<br>**10.0**<br>**70.0** |" in report.stdout
+    assert "*never poisoned*" in report.stdout
+
+
 def test_changed_settings_need_a_name_of_their_own(tmp_path):
     ran = call("grid", tmp_path, "--defenses", "nba", "--set", "alignment=0")
     assert ran.returncode == 2
