@@ -8,7 +8,7 @@
 The attacks are those of ``configs/attack``, as they stand there. A clean model is trained first, alike but without an
 attack. It is the surrogate of LC and TrojanNN, the measure of what an attack costs in ACC, and gives for every trigger
 the ASR (floor) and RA (ceiling) of a model never poisoned with it. Backdoored models and attack states are kept under
-``--work``.
+``--work``; a row whose model is not there is trained again.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from common import (
     build,
     config,
     data,
-    done,
     load,
     merged,
     network,
@@ -132,14 +131,15 @@ def references(args: argparse.Namespace, datamodule: BackdoorDataModule) -> dict
 def implant_all(args: argparse.Namespace, source: Source, rows: list[Row]) -> int:
     """Train the models that are missing, the clean one first; how many failed."""
 
-    def named(some: list[Row]) -> list[tuple[str, Any]]:
-        return [(f"{row.label}-none-0", row) for row in some]
+    def trained(some: list[Row]) -> int:
+        tasks = [(f"{row.label}-none-0", row) for row in some]
+        # A result whose model is not on this machine serves no defence.
+        gone = [name for name, row in tasks if not (args.work / f"{row.label}.safetensors").exists()]
+        return run_cells(args, source, implant, tasks, again=gone)
 
-    if not done(args.results / "clean-none-0.json") or not (args.work / "clean.safetensors").exists():
-        (args.results / "clean-none-0.json").unlink(missing_ok=True)
-        if run_cells(args, source, implant, named([Row("clean")])):
-            raise SystemExit("The clean model could not be trained; see clean-none-0.json.")
-    return run_cells(args, source, implant, named(rows))
+    if trained([Row("clean")]):
+        raise SystemExit("The clean model could not be trained; see clean-none-0.json.")
+    return trained(rows)
 
 
 @torch.no_grad()

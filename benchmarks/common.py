@@ -182,7 +182,9 @@ Work = Callable[[argparse.Namespace, Source, Any], dict[str, Any]]
 _worker: dict[str, Any] = {}
 
 
-def run_cells(args: argparse.Namespace, source: Source, work: Work, tasks: Sequence[tuple[str, Any]]) -> int:
+def run_cells(
+    args: argparse.Namespace, source: Source, work: Work, tasks: Sequence[tuple[str, Any]], again: Sequence[str] = ()
+) -> int:
     """Run what is missing, ``args.jobs`` at a time, with one progress bar; each result is written when it ends.
 
     Args:
@@ -190,11 +192,12 @@ def run_cells(args: argparse.Namespace, source: Source, work: Work, tasks: Seque
         source: the images.
         work: from ``args``, ``source`` and a task to the cell; a function of a module.
         tasks: name of the result and task. Those whose result is there are skipped, failures are tried again.
+        again: names that are run even if their result is there.
 
     Returns:
         How many failed. Their results hold ``error``.
     """
-    open_tasks = [(name, task) for name, task in tasks if not done(args.results / f"{name}.json")]
+    open_tasks = [(name, task) for name, task in tasks if name in again or not done(args.results / f"{name}.json")]
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     failed = 0
     with Progress(TextColumn("{task.description}"), *columns) as progress:

@@ -160,7 +160,7 @@ def nba_over_its_passes(args: argparse.Namespace) -> dict[str, float]:
                 with autocast(args):
                     logits = student(images)
                     with torch.no_grad():
-                        answers, wanted = suspicious(images), features(teacher, images, layers)[1]
+                        answers, wanted = features(suspicious, images, layers)
                     with frozen_statistics(student):
                         shown, observed = features(student, images + perturbation, layers)
                     loss = F.cross_entropy(logits, labels) + F.cross_entropy(shown, labels)

@@ -63,6 +63,17 @@ def test_what_is_there_is_not_run_again_and_failures_are_tried_again(grid):
     assert "acc" in json.loads(path.read_text())
 
 
+def test_a_model_that_is_gone_is_trained_again(grid):
+    folder, arguments = grid
+    row, weights = folder / "a" / "badnets-none-0.json", folder / "work" / "badnets.safetensors"
+    before, content = json.loads(row.read_text()), weights.read_bytes()
+    weights.unlink()
+    ran = call("grid", folder, *arguments)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert weights.read_bytes() == content
+    assert json.loads(row.read_text())["asr"] == before["asr"]
+
+
 def test_a_cell_that_fails_is_recorded_and_stops_no_other(grid, tmp_path):
     folder, _ = grid
     arguments = ("--attacks", "badnets", "--seeds", "0", "--ablations", "teacher_ft_sam", "regenerate_never")

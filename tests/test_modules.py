@@ -141,12 +141,14 @@ class Counting(nn.Module):
 @pytest.mark.parametrize(
     ("terms", "student", "teacher", "suspicious"),
     [
-        ({}, 2, 1, 1),
+        ({}, 2, 0, 1),
+        ({"align_with": "teacher"}, 2, 1, 1),
         ({"alignment": 0.0}, 2, 0, 1),
-        ({"pseudo_cross_entropy": 0.0}, 2, 1, 1),
-        ({"clean_cross_entropy": 0.0}, 2, 1, 1),
-        ({"clean_distillation": 0.0}, 2, 1, 0),
-        ({"clean_cross_entropy": 0.0, "clean_distillation": 0.0}, 1, 1, 0),
+        ({"pseudo_cross_entropy": 0.0}, 2, 0, 1),
+        ({"clean_cross_entropy": 0.0}, 2, 0, 1),
+        ({"clean_distillation": 0.0}, 2, 0, 1),
+        ({"clean_distillation": 0.0, "align_with": "teacher"}, 2, 1, 0),
+        ({"clean_cross_entropy": 0.0, "clean_distillation": 0.0}, 1, 0, 1),
         ({"alignment": 0.0, "pseudo_cross_entropy": 0.0}, 1, 0, 1),
         ({"alignment": 0.0, "clean_cross_entropy": 0.0, "clean_distillation": 0.0}, 1, 0, 0),
     ],
@@ -167,7 +169,8 @@ def test_a_term_that_is_off_costs_no_pass(terms, student, teacher, suspicious, n
     assert any(isinstance(c, PseudoSampleRegeneration) for c in module.configure_callbacks()) is needs
 
 
-def test_the_loss_is_the_equation(network, trainer, clean_digits):
+@pytest.mark.parametrize("align_with", ["suspicious", "teacher"])
+def test_the_loss_is_the_equation(align_with, network, trainer, clean_digits):
     teacher = SmallCNN(width=4, in_channels=1)
     module = NBA(
         network,
@@ -176,6 +179,7 @@ def test_the_loss_is_the_equation(network, trainer, clean_digits):
         pseudo_cross_entropy=2.0,
         clean_cross_entropy=0.5,
         clean_distillation=4.0,
+        align_with=align_with,
     )
     nn.init.normal_(module.suspicious.fc.weight)
     module.pseudo.bank = 0.1 * torch.randn(1, 1, 8, 8)
@@ -187,7 +191,7 @@ def test_the_loss_is_the_equation(network, trainer, clean_digits):
     pseudo = (images + module.pseudo.bank).clamp(0, 1)
     names = ["block1", "block2", "block3"]
     logits, observed = features(network, pseudo, names)
-    wanted = features(teacher, images, names)[1]
+    wanted = features(getattr(module, align_with), images, names)[1]
     distance = sum((channel_gram(observed[n]) - channel_gram(wanted[n])).pow(2).sum() for n in names) / (3 * 6)
     cross_entropy = nn.functional.cross_entropy
     expected = 0.5 * cross_entropy(network(images), labels) + 2 * cross_entropy(logits, labels) + 3 * distance
@@ -273,6 +277,8 @@ def test_bad_arguments_of_nba(network):
         NBA(network, behavior=FSP(), layers=["block1"])
     with pytest.raises(ValueError, match="got blok. Available"):
         NBA(network, layers=["blok"])
+    with pytest.raises(ValueError, match="Expected `align_with` to be one of suspicious, teacher, but got 'student'"):
+        NBA(network, align_with="student")
     with pytest.raises(ValueError, match="Expected `teacher_epochs` to be at least 1 where no teacher is given"):
         NBA(network, teacher_epochs=0)
     with pytest.raises(ValueError, match=r"Expected `lr` to be in \(0, inf\], but got 0"):

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from nba_lightning.augmentation import RandomCropFlip
 from nba_lightning.behaviors.base import Behavior, alignment_loss
 from nba_lightning.behaviors.gram import ChannelGram
 from nba_lightning.callbacks.pseudo_samples import PseudoSampleRegeneration
-from nba_lightning.checks import check_at_least, expected
+from nba_lightning.checks import check_at_least, check_choice, expected
 from nba_lightning.features import features, resolve_layers
 from nba_lightning.functional import kl_divergence
 from nba_lightning.modules.distillation import Distillation
@@ -22,19 +22,22 @@ from nba_lightning.modules.statistics import frozen_statistics
 from nba_lightning.pseudo import PseudoSamples, UniversalPerturbations
 from nba_lightning.randomness import generator_for
 
+AlignWith = Literal["suspicious", "teacher"]
+
 
 class NBA(Distillation):
     r"""Remove a backdoor by aligning the student's behaviour on pseudo samples with a fine-tuned teacher's.
 
     .. math::
         \alpha\, CE(S(x), y) + \beta\, KL(S_0(x) \| S(x)) + \mu\, CE(S(x + d), y) + \lambda\, \textrm{mean}_l
-        \| \phi(f_l(S, x + d)) - \phi(f_l(T, x)) \|^2
+        \| \phi(f_l(S, x + d)) - \phi(f_l(S_0, x)) \|^2
 
     x are clean images as the loader augments them, d perturbations that make the student S disagree with the teacher
-    T, phi the knowledge form, and S_0 the suspicious network as it came: it answers clean images without its backdoor,
-    and better than anything trained on the few clean images does. One ``fit`` does it all: the first ``teacher_epochs``
-    epochs fine-tune the suspicious network into the teacher; then the student starts from the suspicious weights. A
-    term whose weight is 0 is not computed.
+    T, phi the knowledge form, and S_0 the suspicious network as it came: on clean images it behaves without its
+    backdoor, and better than anything trained on the few clean images does. ``align_with="teacher"`` puts T in its
+    place in the last term. One ``fit`` does it all: the first ``teacher_epochs`` epochs fine-tune the suspicious
+    network into the teacher; then the student starts from the suspicious weights. A term whose weight is 0 is not
+    computed.
 
     Source: the three elements are those of Ying & Wu, "NBA: defensive distillation for backdoor removal via neural
     behavior alignment", Cybersecurity 6:20, 2023 (arXiv 2406.10846), abstract; the equations are ours.
@@ -52,6 +55,7 @@ class NBA(Distillation):
         pseudo_cross_entropy: weight mu of the cross-entropy on pseudo samples.
         clean_cross_entropy: weight alpha of the cross-entropy on clean images.
         clean_distillation: weight beta of the divergence from the suspicious network's answers on clean images.
+        align_with: whose behaviour on clean images is the benign one, ``"suspicious"`` or ``"teacher"``.
         jitter: random shift and flip of the perturbations; ``None`` leaves them in place.
         regenerate_every_n_epochs: see :class:`~nba_lightning.callbacks.PseudoSampleRegeneration`.
         lr: initial learning rate of the student.
@@ -78,6 +82,7 @@ class NBA(Distillation):
         pseudo_cross_entropy: float = 1.0,
         clean_cross_entropy: float = 1.0,
         clean_distillation: float = 4.0,
+        align_with: AlignWith = "suspicious",
         jitter: RandomCropFlip | None = None,
         regenerate_every_n_epochs: int = 1,
         lr: float = 0.02,
@@ -103,6 +108,8 @@ class NBA(Distillation):
             check_at_least(name, weight, 0.0)
         if not any(terms.values()):
             raise expected("alignment", "positive where all other terms are 0", alignment)
+        check_choice("align_with", align_with, get_args(AlignWith))
+        self.align_with = align_with
         self.alignment, self.pseudo_cross_entropy = alignment, pseudo_cross_entropy
         self.clean_cross_entropy, self.clean_distillation = clean_cross_entropy, clean_distillation
         self.behavior, self.pseudo = behavior or ChannelGram(), pseudo or UniversalPerturbations()
@@ -110,9 +117,10 @@ class NBA(Distillation):
         self.layers = resolve_layers(model, layers) if alignment else []
         if alignment and len(self.layers) < self.behavior.min_layers:
             raise expected("layers", f"at least {self.behavior.min_layers} for {type(self.behavior).__name__}", layers)
-        if alignment:
+        if alignment and align_with == "teacher":
             resolve_layers(self.teacher, self.layers)
-        self.suspicious = copy.deepcopy(model).requires_grad_(False).eval() if clean_distillation else None
+        asked = clean_distillation or (alignment and align_with == "suspicious")
+        self.suspicious = copy.deepcopy(model).requires_grad_(False).eval() if asked else None
 
     @property
     def uses_pseudo_samples(self) -> bool:
@@ -148,22 +156,34 @@ class NBA(Distillation):
     def student_step(self, images: Tensor, labels: Tensor, batch_idx: int) -> Tensor:
         """The terms whose weight is not 0."""
         terms: dict[str, Tensor] = {}
-        if self.clean_cross_entropy or self.suspicious is not None:
+        answers, benign = self._benign(images)
+        if self.clean_cross_entropy or self.clean_distillation:
             logits = predict(self.model, images)
             if self.clean_cross_entropy:
                 terms["clean_ce"] = self.clean_cross_entropy * F.cross_entropy(logits, labels)
-            if self.suspicious is not None:
-                with torch.no_grad():
-                    answers = predict(self.suspicious, images)
+            if answers is not None:
                 terms["clean_kl"] = self.clean_distillation * kl_divergence(answers, logits).mean()
             self.log("train/acc", (logits.detach().argmax(dim=1) == labels).float().mean(), prog_bar=True)
         if self.uses_pseudo_samples:
-            terms |= self._pseudo_terms(images, labels, batch_idx)
+            terms |= self._pseudo_terms(images, labels, batch_idx, benign)
         for name, value in terms.items():
             self.log(f"train/{name}", value)
         return torch.stack(list(terms.values())).sum()
 
-    def _pseudo_terms(self, images: Tensor, labels: Tensor, batch_idx: int) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def _benign(self, images: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """What clean images should give: the suspicious network's answers, and the behaviours to align with."""
+        answers, observed = None, dict[str, Tensor]()
+        own = self.align_with == "suspicious"
+        if self.suspicious is not None:
+            answers, observed = features(self.suspicious, images, self.layers if own else [])
+        if self.alignment and not own:
+            observed = features(self.teacher, images, self.layers)[1]
+        return answers if self.clean_distillation else None, self.behavior(observed) if self.alignment else {}
+
+    def _pseudo_terms(
+        self, images: Tensor, labels: Tensor, batch_idx: int, benign: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         generator = generator_for(
             self.seed, 5, self.trainer.global_rank, self.trainer.current_epoch, batch_idx, device=images.device
         )
@@ -176,7 +196,5 @@ class NBA(Distillation):
         if self.pseudo_cross_entropy:
             terms["pseudo_ce"] = self.pseudo_cross_entropy * F.cross_entropy(logits, labels)
         if self.alignment:
-            with torch.no_grad():
-                wanted = self.behavior(features(self.teacher, images, self.layers)[1])
-            terms["alignment"] = self.alignment * alignment_loss(self.behavior(observed), wanted)
+            terms["alignment"] = self.alignment * alignment_loss(self.behavior(observed), benign)
         return terms
