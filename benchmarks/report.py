@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 METRICS = ("acc", "asr", "ra", "der")
+OTHERS = [f"C{number}" for number in range(10) if number != 3]  # no other red beside ours
 COSTS = ("seconds", "passes_per_image", "peak_memory_mib")
 Group = Sequence[Mapping[str, Any]]
 
@@ -163,7 +164,7 @@ def _point(axes: Axes, group: Group, metric: str, name: str, index: int) -> None
         yerr=bars[1],
         fmt="*" if ours else "osD^vP<>X"[index % 9],
         ms=13 if ours else 6,
-        color="#c8442f" if ours else f"C{index % 10}",
+        color="#c8442f" if ours else OTHERS[index % len(OTHERS)],
         lw=1,
         zorder=3 if ours else 2,
         label=name,

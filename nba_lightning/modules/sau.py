@@ -97,21 +97,26 @@ class SAU(Defense):
         loss = F.cross_entropy(logits, labels)
         self.log("train/acc", (logits.detach().argmax(dim=1) == labels).float().mean(), prog_bar=True)
         if self.unlearning:
-            perturbed = images + self.craft(images, labels)
             with torch.no_grad():
-                clean_answers = predict(self.suspicious, images).argmax(dim=1)
+                before = [logits.argmax(dim=1), predict(self.suspicious, images).argmax(dim=1)]
+            perturbed = images + self.craft(images, labels, before)
+            with torch.no_grad():
                 answers = predict(self.suspicious, perturbed).argmax(dim=1)
-            fooled = (answers != labels) & (answers != clean_answers)
+            fooled = (answers != labels) & (answers != before[1])
             loss = loss + self.unlearning * unlearning_loss(predict(self.model, perturbed), answers, fooled)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def craft(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Perturbations `(B, C, H, W)` that both networks share, for clean images in [0, 1] and labels `(B,)`."""
+    def craft(self, images: Tensor, labels: Tensor, before: Sequence[Tensor]) -> Tensor:
+        """Perturbations `(B, C, H, W)` that both networks share.
+
+        Args:
+            images: `(B, C, H, W)`, clean, in [0, 1].
+            labels: `(B,)`.
+            before: `(B,)` what the network and the suspicious network say of the clean images.
+        """
         perturbations = torch.full_like(images, self.epsilon)
         with evaluating(self.model, self.suspicious):
-            with torch.no_grad():
-                before = [predict(network, images).argmax(dim=1) for network in (self.model, self.suspicious)]
             for _ in range(self.steps):
                 leaf = perturbations.detach().requires_grad_()
                 logits = [predict(network, images + leaf) for network in (self.model, self.suspicious)]
