@@ -5,7 +5,7 @@
     python benchmarks/report.py --only nba no_alignment form_fsp
     python benchmarks/report.py --compact             # the table of README.md: attacks as columns
 
-Figures are means over the seeds, and in the averages over the attacks that every defence has met.
+Figures are means over the seeds, and in the averages over the attacks that most defences have met.
 """
 
 import argparse
@@ -94,14 +94,18 @@ def compact(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mappi
 
 
 def averages(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapping[str, Any]]) -> str:
-    """Every defence over the attacks that all of them have met; means over attacks of the means over seeds."""
+    """Defences over the attacks that most of them have met; means over attacks of the means over seeds."""
     attacks = [attack for attack, row in before.items() if "never_poisoned" in row and attack in found]
     names = sorted({defense for attack in attacks for defense in found[attack]})
-    shared = [a for a in attacks if all(values(found[a].get(name, []), "asr") for name in names)]
-    if not shared:
-        return "No attack has met all defences yet."
+    met = {name: {a for a in attacks if values(found[a].get(name, []), "asr")} for name in names}
+    shared = [a for a in attacks if 2 * sum(a in those for those in met.values()) > len(names)]
+    absent = [f"{name} ({len(met[name])} of {len(shared)})" for name in names if not met[name].issuperset(shared)]
+    names = [name for name in names if met[name].issuperset(shared)]
+    if not shared or not names:
+        return "No attack has met most of the defences yet."
+    left_out = f" Not averaged, since attacks are missing: {', '.join(absent)}." if absent else ""
     lines = [
-        f"Means over {len(shared)} attacks ({', '.join(shared)}); the worst attack in brackets.",
+        f"Means over {len(shared)} attacks ({', '.join(shared)}); the worst attack in brackets.{left_out}",
         "",
         "| defence | n | ACC lost | ASR above the floor | RA below the ceiling | RA | DER | seconds |",
         "|---|---|---|---|---|---|---|---|",

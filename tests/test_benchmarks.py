@@ -108,6 +108,24 @@ def test_the_compact_report_marks_the_best_of_each_figure(grid, tmp_path):
     assert "*never poisoned*" in report.stdout
 
 
+def test_a_defence_that_missed_an_attack_is_named_and_does_not_narrow_the_averages(grid, tmp_path):
+    folder, _ = grid
+    before = json.loads((folder / "a" / "badnets-none-0.json").read_text())
+    for attack in ("badnets", "sig"):
+        (tmp_path / f"{attack}-none-0.json").write_text(json.dumps(before | {"attack": attack}))
+    cells = [(a, d) for a in ("badnets", "sig") for d in ("nad", "nba", "sau") if (a, d) != ("sig", "sau")]
+    for attack, defense in cells:
+        cell = {"attack": attack, "defense": defense, "seed": 0, "acc": 0.8, "asr": 0.1, "ra": 0.7, "der": 0.9}
+        (tmp_path / f"d-{attack}-{defense}.json").write_text(json.dumps(cell | {"seconds": 1.0}))
+    results = tmp_path / "d"
+    results.mkdir()
+    for path in tmp_path.glob("d-*.json"):
+        path.rename(results / path.name)
+    report = call("report", folder, "--results", str(results), "--attack-results", str(tmp_path))
+    assert "Means over 2 attacks (badnets, sig)" in report.stdout
+    assert "Not averaged, since attacks are missing: sau (1 of 2)." in report.stdout
+
+
 def test_changed_settings_need_a_name_of_their_own(tmp_path):
     ran = call("grid", tmp_path, "--defenses", "nba", "--set", "alignment=0")
     assert ran.returncode == 2

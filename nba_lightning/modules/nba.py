@@ -26,7 +26,7 @@ AlignWith = Literal["suspicious", "teacher"]
 
 
 class NBA(Distillation):
-    r"""Remove a backdoor by aligning the student's behaviour on pseudo samples with a fine-tuned teacher's.
+    r"""Remove a backdoor by aligning the student's behaviour on pseudo samples with benign behaviour.
 
     .. math::
         \alpha\, CE(S(x), y) + \beta\, KL(S_0(x) \| S(x)) + \mu\, CE(S(x + d), y) + \lambda\, \textrm{mean}_l
