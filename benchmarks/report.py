@@ -45,6 +45,16 @@ def spread(numbers: Sequence[float]) -> str:
     return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.1f}"
 
 
+def bounded(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The attacks whose floor and ceiling are known, by name."""
+    return [attack for attack in sorted(found) if "never_poisoned" in before.get(attack, {})]
+
+
+def defenses_on(found: Mapping[str, Mapping[str, Group]], attacks: Iterable[str]) -> list[str]:
+    """The defences that have met any of the attacks, by name."""
+    return sorted({defense for attack in attacks for defense in found[attack]})
+
+
 def table(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapping[str, Any]]) -> str:
     """One block of rows an attack: undefended, floor and ceiling, then every defence."""
     lines = [
@@ -71,8 +81,8 @@ def table(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapping
 
 def compact(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapping[str, Any]]) -> str:
     """An attack a column, ACC, ASR and RA below each other; the best mean of each in bold."""
-    attacks = [attack for attack, row in before.items() if "never_poisoned" in row]
-    names = sorted({defense for attack in attacks for defense in found[attack]})
+    attacks = bounded(found, before)
+    names = defenses_on(found, attacks)
     shown: dict[str, dict[str, list[str]]] = {name: {} for name in names}
     for attack in attacks:
         for metric, best in (("acc", max), ("asr", min), ("ra", max)):
@@ -95,8 +105,8 @@ def compact(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mappi
 
 def averages(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapping[str, Any]]) -> str:
     """Defences over the attacks that most of them have met; means over attacks of the means over seeds."""
-    attacks = [attack for attack, row in before.items() if "never_poisoned" in row and attack in found]
-    names = sorted({defense for attack in attacks for defense in found[attack]})
+    attacks = bounded(found, before)
+    names = defenses_on(found, attacks)
     met = {name: {a for a in attacks if values(found[a].get(name, []), "asr")} for name in names}
     shared = [a for a in attacks if 2 * sum(a in those for those in met.values()) > len(names)]
     absent = [f"{name} ({len(met[name])} of {len(shared)})" for name in names if not met[name].issuperset(shared)]
@@ -130,8 +140,8 @@ def averages(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapp
 
 def figure(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """ACC against ASR (above) and against RA (below), an attack a column; bars are one standard deviation."""
-    attacks = [attack for attack in sorted(found) if "never_poisoned" in before.get(attack, {})]
-    names = sorted({defense for attack in attacks for defense in found[attack]})
+    attacks = bounded(found, before)
+    names = defenses_on(found, attacks)
     drawing = Figure(figsize=(2.6 * len(attacks) + 1.5, 6.2), layout="constrained")
     grid = drawing.subplots(2, len(attacks), squeeze=False, sharex="col", sharey="row")
     for column, attack in enumerate(attacks):
