@@ -23,6 +23,8 @@ METRICS = ("acc", "asr", "ra", "der")
 OTHERS = [f"C{number}" for number in range(10) if number != 3]  # no other red beside ours
 COSTS = ("seconds", "passes_per_image", "peak_memory_mib")
 Group = Sequence[Mapping[str, Any]]
+Found = Mapping[str, Mapping[str, Group]]  # by attack, then by defence
+Undefended = Mapping[str, Mapping[str, Any]]  # by attack
 
 
 def groups(found: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
@@ -45,17 +47,17 @@ def spread(numbers: Sequence[float]) -> str:
     return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.1f}"
 
 
-def bounded(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def bounded(found: Found, before: Undefended) -> list[str]:
     """The attacks whose floor and ceiling are known, by name."""
     return [attack for attack in sorted(found) if "never_poisoned" in before.get(attack, {})]
 
 
-def defenses_on(found: Mapping[str, Mapping[str, Group]], attacks: Iterable[str]) -> list[str]:
+def defenses_on(found: Found, attacks: Iterable[str]) -> list[str]:
     """The defences that have met any of the attacks, by name."""
     return sorted({defense for attack in attacks for defense in found[attack]})
 
 
-def table(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapping[str, Any]]) -> str:
+def table(found: Found, before: Undefended) -> str:
     """One block of rows an attack: undefended, floor and ceiling, then every defence."""
     lines = [
         "| attack | defence | n | ACC | ASR | RA | DER | seconds | passes per image | peak MiB |",
@@ -79,7 +81,7 @@ def table(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapping
     return "\n".join(lines)
 
 
-def compact(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapping[str, Any]]) -> str:
+def compact(found: Found, before: Undefended) -> str:
     """An attack a column, ACC, ASR and RA below each other; the best mean of each in bold."""
     attacks = bounded(found, before)
     names = defenses_on(found, attacks)
@@ -103,7 +105,7 @@ def compact(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mappi
     return "\n".join(lines)
 
 
-def averages(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapping[str, Any]]) -> str:
+def averages(found: Found, before: Undefended) -> str:
     """Defences over the attacks that most of them have met; means over attacks of the means over seeds."""
     attacks = bounded(found, before)
     names = defenses_on(found, attacks)
@@ -138,7 +140,7 @@ def averages(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapp
     return "\n".join(lines)
 
 
-def figure(found: Mapping[str, Mapping[str, Group]], before: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def figure(found: Found, before: Undefended, path: Path) -> None:
     """ACC against ASR (above) and against RA (below), an attack a column; bars are one standard deviation."""
     attacks = bounded(found, before)
     names = defenses_on(found, attacks)
