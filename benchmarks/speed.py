@@ -34,7 +34,6 @@ from nba_lightning.augmentation import RandomCropFlip
 from nba_lightning.behaviors import alignment_loss
 from nba_lightning.features import features
 from nba_lightning.functional import kl_divergence
-from nba_lightning.modules.statistics import frozen_statistics
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -158,13 +157,10 @@ def nba_over_its_passes(args: argparse.Namespace) -> dict[str, float]:
                 images, labels = (part.to(device()) for part in batch)
                 student.zero_grad()
                 with autocast(args):
-                    logits = student(images)
                     with torch.no_grad():
                         answers, wanted = features(suspicious, images, layers)
-                    with frozen_statistics(student):
-                        shown, observed = features(student, images + perturbation, layers)
-                    loss = F.cross_entropy(logits, labels) + F.cross_entropy(shown, labels)
-                    loss = loss + 4 * kl_divergence(answers, logits).mean()
+                    logits, observed = features(student, images + perturbation, layers)
+                    loss = 2 * F.cross_entropy(logits, labels) + 4 * kl_divergence(answers, logits).mean()
                     loss = loss + alignment_loss(form(observed), form(wanted))
                 loss.backward()
 

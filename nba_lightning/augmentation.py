@@ -1,4 +1,4 @@
-"""Random crop and flip of whole batches on the device."""
+"""Augmentation of whole batches on the device: random crop and flip, and CutMix."""
 
 import torch
 import torch.nn.functional as F
@@ -47,3 +47,36 @@ class RandomCropFlip(nn.Module):
         padded = F.pad(images, (padding,) * 4)
         pixels = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(batch, 1, -1)
         return padded.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(images)
+
+
+class CutMix(nn.Module):
+    r"""Paste a box of another image of the batch into every image, each with its own box and partner.
+
+    The box covers a uniform share of the image, before the part that sticks out is cut off. Source: Yun et al.,
+    "CutMix: regularization strategy to train strong classifiers with localizable features", ICCV 2019
+    (arXiv 1905.04899), section 3.1, there with one share and one box for a batch. Images alone are mixed, for a use
+    that asks another network about them instead of mixing labels.
+    """
+
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Mix a batch.
+
+        Args:
+            images: `(B, C, H, W)`, float.
+            generator: source of the boxes and partners, on the images' device.
+
+        Returns:
+            `(B, C, H, W)`.
+        """
+        check_image_batch("images", images)
+        batch, _, height, width = images.shape
+        device = images.device
+        partners = torch.randperm(batch, generator=generator, device=device)
+        shares, *centres = torch.rand((3, batch, 1), generator=generator, device=device)
+        half = shares.sqrt() / 2
+        rows, columns = (
+            ((torch.arange(size, device=device) + 0.5) / size - centre).abs() < half
+            for size, centre in zip((height, width), centres, strict=True)
+        )
+        box = rows[:, None, :, None] & columns[:, None, None, :]
+        return torch.where(box, images[partners], images)

@@ -33,7 +33,7 @@ from nba_lightning.pseudo import UniversalPerturbations
 from nba_lightning.randomness import generator_for
 
 _ATTACKS: dict[str, type[Attack]] = {"badnets": BadNets, "blended": Blended}
-_IMPLANT_EPOCHS, _TEACHER_EPOCHS, _STUDENT_EPOCHS = 20, 30, 30
+_IMPLANT_EPOCHS, _TEACHER_EPOCHS, _STUDENT_EPOCHS = 20, 30, 60
 
 
 def demo(output: str = "nba-demo", seed: int = 0, attack: Literal["badnets", "blended"] = "badnets") -> None:
@@ -60,7 +60,8 @@ def demo(output: str = "nba-demo", seed: int = 0, attack: Literal["badnets", "bl
             copy.deepcopy(backdoored.model),
             teacher_epochs=_TEACHER_EPOCHS,
             lr=0.05,
-            clean_distillation=1.0,
+            distillation=1.0,
+            mixed_distillation=4.0,
             seed=seed,
             pseudo=UniversalPerturbations(number=4, rms=0.3),
         )

@@ -1,7 +1,8 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
-from nba_lightning.augmentation import RandomCropFlip
+from nba_lightning.augmentation import CutMix, RandomCropFlip
 from nba_lightning.randomness import generator_for
 
 
@@ -29,8 +30,25 @@ def test_no_padding_and_no_flip_change_nothing():
     torch.testing.assert_close(RandomCropFlip(0, flip=False)(images), images)
 
 
-def test_the_generator_decides():
+def test_every_image_gets_one_box_of_one_other():
+    images = torch.arange(64.0).view(64, 1, 1, 1).expand(64, 3, 12, 10).contiguous()
+    shares = []
+    for own, mixed in enumerate(CutMix()(images, generator_for(0))):
+        assert (mixed == mixed[:1]).all()  # all channels alike
+        strange = mixed[0] != own
+        assert len(mixed[0][strange].unique()) <= 1
+        rows, columns = strange.any(1), strange.any(0)
+        assert torch.equal(strange, rows[:, None] & columns)  # a rectangle,
+        for line in (rows, columns):
+            assert line.diff().sum() <= 2  # without gaps
+        shares.append(float(strange.float().mean()))
+    assert min(shares) < 0.1
+    assert max(shares) > 0.6
+    assert sum(shares) / 64 == pytest.approx(0.32, abs=0.08)  # a uniform share is 0.5, less what sticks out
+
+
+@pytest.mark.parametrize("augment", [RandomCropFlip(), CutMix()])
+def test_the_generator_decides(augment):
     images = torch.rand(16, 3, 32, 32)
-    augment = RandomCropFlip()
     torch.testing.assert_close(augment(images, generator_for(1)), augment(images, generator_for(1)))
     assert not torch.equal(augment(images, generator_for(1)), augment(images, generator_for(2)))

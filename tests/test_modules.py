@@ -139,21 +139,20 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("terms", "student", "teacher", "suspicious"),
+    ("terms", "teacher", "suspicious"),
     [
-        ({}, 2, 0, 1),
-        ({"align_with": "teacher"}, 2, 1, 1),
-        ({"alignment": 0.0}, 2, 0, 1),
-        ({"pseudo_cross_entropy": 0.0}, 2, 0, 1),
-        ({"clean_cross_entropy": 0.0}, 2, 0, 1),
-        ({"clean_distillation": 0.0}, 2, 0, 1),
-        ({"clean_distillation": 0.0, "align_with": "teacher"}, 2, 1, 0),
-        ({"clean_cross_entropy": 0.0, "clean_distillation": 0.0}, 1, 0, 1),
-        ({"alignment": 0.0, "pseudo_cross_entropy": 0.0}, 1, 0, 1),
-        ({"alignment": 0.0, "clean_cross_entropy": 0.0, "clean_distillation": 0.0}, 1, 0, 0),
+        ({}, 0, 1),
+        ({"labelled": 0.0}, 0, 1),
+        ({"align_with": "teacher"}, 1, 1),
+        ({"alignment": 0.0}, 0, 1),
+        ({"cross_entropy": 0.0}, 0, 1),
+        ({"distillation": 0.0}, 0, 1),
+        ({"distillation": 0.0, "align_with": "teacher"}, 1, 0),
+        ({"distillation": 0.0, "alignment": 0.0}, 0, 0),
+        ({"pseudo_share": 0.0}, 0, 1),
     ],
 )
-def test_a_term_that_is_off_costs_no_pass(terms, student, teacher, suspicious, network, clean_digits, trainer):
+def test_a_term_that_is_off_costs_no_pass(terms, teacher, suspicious, network, clean_digits, trainer):
     module = NBA(
         Counting(network), teacher=Counting(copy.deepcopy(network)), pseudo=UniversalPerturbations(steps=0), **terms
     )
@@ -162,42 +161,62 @@ def test_a_term_that_is_off_costs_no_pass(terms, student, teacher, suspicious, n
     steps = len(clean_digits.train_dataloader())
     module.setup = lambda stage: None
     trainer().fit(module, clean_digits)
-    assert module.model.calls == student * steps
+    assert module.model.calls == steps
     assert module.teacher.calls == teacher * steps
     assert (0 if module.suspicious is None else module.suspicious.calls) == suspicious * steps
-    needs = module.uses_pseudo_samples
+    needs = terms.get("pseudo_share") != 0
     assert any(isinstance(c, PseudoSampleRegeneration) for c in module.configure_callbacks()) is needs
 
 
+@pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("align_with", ["suspicious", "teacher"])
-def test_the_loss_is_the_equation(align_with, network, trainer, clean_digits):
-    teacher = SmallCNN(width=4, in_channels=1)
+def test_the_loss_is_the_equation(align_with, labelled, network, trainer, clean_digits):
     module = NBA(
         network,
-        teacher=teacher,
+        teacher=SmallCNN(width=4, in_channels=1),
+        pseudo_share=0.5,
         alignment=3.0,
-        pseudo_cross_entropy=2.0,
-        clean_cross_entropy=0.5,
-        clean_distillation=4.0,
+        cross_entropy=2.0,
+        distillation=4.0,
+        labelled=float(labelled),
+        mixed_distillation=5.0,
         align_with=align_with,
     )
     nn.init.normal_(module.suspicious.fc.weight)
     module.pseudo.bank = 0.1 * torch.randn(1, 1, 8, 8)
+    module.mixing.forward = lambda images, generator: images.flip(0)
     module.trainer = trainer()
     module.log = lambda *args, **kwargs: None
     module.eval()
-    images, labels = torch.rand(6, 1, 8, 8), torch.randint(0, 10, (6,))
-    loss = module.training_step((images, labels), 1)
-    pseudo = (images + module.pseudo.bank).clamp(0, 1)
+    given, labels = torch.rand(6, 1, 8, 8), torch.randint(0, 10, (6,))
+    loss = module.training_step((given, labels), 1)
+    images = given if labelled else given.flip(0)
+    pseudo = torch.cat([(images[:3] + module.pseudo.bank).clamp(0, 1), images[3:]])
     names = ["block1", "block2", "block3"]
     logits, observed = features(network, pseudo, names)
     wanted = features(getattr(module, align_with), images, names)[1]
-    distance = sum((channel_gram(observed[n]) - channel_gram(wanted[n])).pow(2).sum() for n in names) / (3 * 6)
-    cross_entropy = nn.functional.cross_entropy
-    expected = 0.5 * cross_entropy(network(images), labels) + 2 * cross_entropy(logits, labels) + 3 * distance
+    expected = 3 * sum((channel_gram(observed[n]) - channel_gram(wanted[n])).pow(2).sum() for n in names) / (3 * 6)
     answers = module.suspicious(images).softmax(dim=1)
-    expected += 4 * nn.functional.kl_div(network(images).log_softmax(dim=1), answers, reduction="batchmean")
+    divergence = nn.functional.kl_div(logits.log_softmax(dim=1), answers, reduction="batchmean")
+    if labelled:
+        expected += 2 * nn.functional.cross_entropy(logits, labels) + 4 * divergence
+    else:
+        expected += 5 * divergence
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize(("labelled", "number"), [(0.0, 0), (0.35, 2), (0.5, 2), (1.0, 4)])
+def test_labels_end_where_mixed_images_begin(labelled, number, network, trainer, clean_digits):
+    module = NBA(network, teacher_epochs=1, labelled=labelled)
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch >= 1 and batch_idx == 0:
+                seen.append(pl_module.learns_labels)
+
+    trainer(max_epochs=5, callbacks=[Look()]).fit(module, clean_digits)
+    assert seen == [True] * number + [False] * (4 - number)
 
 
 def test_the_teacher_is_what_fine_tuning_gives_and_the_student_starts_from_the_suspicious_weights(
@@ -271,8 +290,14 @@ def test_any_loader_of_images_and_labels_will_do(trainer):
 def test_bad_arguments_of_nba(network):
     with pytest.raises(ValueError, match="Expected `alignment` to be at least 0, but got -1"):
         NBA(network, alignment=-1)
-    with pytest.raises(ValueError, match="Expected `alignment` to be positive where all other terms are 0"):
-        NBA(network, alignment=0, pseudo_cross_entropy=0, clean_cross_entropy=0, clean_distillation=0)
+    with pytest.raises(ValueError, match="Expected `cross_entropy` to be positive where no other term is on"):
+        NBA(network, alignment=0, cross_entropy=0, distillation=0)
+    with pytest.raises(ValueError, match="Expected `mixed_distillation` to be positive where `labelled` is below 1"):
+        NBA(network, alignment=0, mixed_distillation=0)
+    with pytest.raises(ValueError, match=r"Expected `pseudo_share` to be in \[0, 1\], but got 2"):
+        NBA(network, pseudo_share=2)
+    with pytest.raises(ValueError, match=r"Expected `labelled` to be in \[0, 1\], but got -1"):
+        NBA(network, labelled=-1)
     with pytest.raises(ValueError, match="Expected `layers` to be at least 2 for FSP"):
         NBA(network, behavior=FSP(), layers=["block1"])
     with pytest.raises(ValueError, match="got blok. Available"):
