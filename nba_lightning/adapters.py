@@ -54,8 +54,10 @@ class Normalized(nn.Module):
         return self.network((images - self.mean.to(images)) / self.std.to(images))
 
     def denormalize(self, images: Tensor) -> Tensor:
-        """Normalised images `(B, C, H, W)` to [0, 1]."""
-        return images * self.std.to(images) + self.mean.to(images)
+        """Normalised images `(B, C, H, W)` to [0, 1]; what rounding took out of that range comes back into it."""
+        found = images.float() * self.std.to(images.device) + self.mean.to(images.device)
+        slack = 4 * torch.finfo(images.dtype).eps
+        return torch.where((found + slack >= 0) & (found - slack <= 1), found.clamp(0.0, 1.0), found).to(images.dtype)
 
 
 def bare(network: nn.Module) -> nn.Module:

@@ -3,6 +3,8 @@
 Everything that squares or normalises is computed in float32, so half-precision features neither overflow nor underflow.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -134,7 +136,7 @@ def js_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
         `(B,)`, values in [0, ln 2].
     """
     log_p, log_q = F.log_softmax(logits_p.float(), dim=1), F.log_softmax(logits_q.float(), dim=1)
-    log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, device=log_p.device))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
     return ((log_p.exp() * (log_p - log_m)) + (log_q.exp() * (log_q - log_m))).sum(dim=1) / 2
 
 

@@ -120,7 +120,7 @@ class UniversalPerturbations(PseudoSamples):
     Args:
         number: perturbations in the bank.
         rms: see :class:`PseudoSamples`.
-        steps: gradient steps at each regeneration, one batch each.
+        steps: gradient steps at each regeneration, one batch each; 0 leaves the noise that the bank begins as.
         disagreement: see :class:`PseudoSamples`.
         restart: start each regeneration from noise instead of from the last bank.
     """
@@ -150,10 +150,11 @@ class UniversalPerturbations(PseudoSamples):
     ) -> None:
         """Some gradient steps on the bank; see :meth:`PseudoSamples.regenerate`."""
         endless = batches if isinstance(batches, Iterator) else repeated(batches)
+        images = next(endless)
+        if self.bank.numel() == 0 or self.restart:
+            self.bank = self._noise(images, generator)
         for step in range(self.steps):
-            images = next(endless)
-            if self.bank.numel() == 0 or (self.restart and step == 0):
-                self.bank = self._noise(images, generator)
+            images = images if step == 0 else next(endless)
             owner = torch.arange(len(images), device=images.device) % self.number
             with evaluating(student, teacher):
                 gradients = reduce(self._gradients(student, teacher, images, self.bank, owner))

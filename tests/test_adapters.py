@@ -110,6 +110,16 @@ def test_normalised_loaders_and_networks_give_what_plain_ones_give(trainer, labe
     assert torch.allclose(wrapped.pseudo.bank, plain.pseudo.bank, atol=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_black_and_white_pixels_survive_the_rounding_of_a_normalisation(precision, trainer):
+    mean, std = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
+    images = (torch.rand(32, 3, 8, 8) > 0.5).float()
+    normalised = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    network = Normalized(SmallCNN(width=4), mean, std)
+    trainer(precision=precision).fit(FineTuning(network), DataLoader(TensorDataset(normalised, torch.arange(32) % 10)))
+    assert torch.allclose(network.denormalize(normalised), images, atol=0.01)
+
+
 def test_a_wrong_normalisation_is_told(trainer, labelled):
     images, labels = labelled
     module = FineTuning(Normalized(SmallCNN(width=4, in_channels=1), [0.4], [0.3]))

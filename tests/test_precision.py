@@ -12,6 +12,7 @@ from nba_lightning import (
     IBAU,
     NAD,
     NBA,
+    SAU,
     BackdoorDataModule,
     Classifier,
     FinePruning,
@@ -77,6 +78,16 @@ def test_everything_trains_in_half_precision(defense, precision, network, clean_
     assert not states_equal(before, {name: value.float() for name, value in module.model.state_dict().items()})
     assert all(torch.isfinite(value).all() for value in module.model.state_dict().values())
     assert runner.test(module, clean_digits, verbose=False)[1]["test/asr"] >= 0
+
+
+def test_sau_s_small_gradients_keep_their_signs_in_float16():
+    module = SAU(SmallCNN(width=8, in_channels=1), steps=1, adversarial=1e-4, shared=0).eval()
+    images = torch.rand(64, 1, 8, 8)
+    labels = module(images).argmax(dim=1)
+    whole = module.craft(images, labels, [labels, labels])
+    with torch.autocast("cpu", torch.float16):
+        half = module.craft(images, labels, [labels, labels])
+    assert (whole == half).float().mean() > 0.9
 
 
 def test_joint_training_in_half_precision(network, trainer):

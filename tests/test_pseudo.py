@@ -85,6 +85,13 @@ def test_the_bank_travels_in_the_state_dict(networks):
     torch.testing.assert_close(other.bank, kind.bank)
 
 
+def test_no_steps_leave_noise(networks):
+    made = UniversalPerturbations(2, steps=0)
+    made.regenerate(*networks, batches(), generator_for(0))
+    assert 0 < made.bank.square().mean().sqrt() < made.rms
+    assert made(next(batches()), *networks, generator_for(0)).shape == (12, 3, 4, 4)
+
+
 def test_a_bank_that_was_never_crafted_is_named(networks):
     with pytest.raises(RuntimeError, match="regenerate"):
         UniversalPerturbations()(next(batches()), *networks, generator_for(0))

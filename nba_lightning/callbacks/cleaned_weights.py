@@ -4,7 +4,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
 
 from nba_lightning.adapters import bare
@@ -15,7 +15,8 @@ from nba_lightning.weights import save_weights
 class CleanedWeights(Callback):
     """Write ``module.model``'s state dict as `.safetensors` at the end of ``fit``, beside the checkpoints.
 
-    Keys and dtypes are those of the network that came in. Nothing is written in a ``fast_dev_run``.
+    Keys and dtypes are those of the network that came in. Nothing is written in a ``fast_dev_run``,
+    after an interruption, or if the fit ended before the student had begun.
 
     Args:
         path: another file to write; ``None`` is ``cleaned.safetensors`` in the folder of the first checkpoint
@@ -29,8 +30,12 @@ class CleanedWeights(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file."""
-        if not getattr(trainer, "fast_dev_run", False) and trainer.state.status != "interrupted":
+        if getattr(trainer, "fast_dev_run", False) or trainer.state.status == "interrupted":
+            return
+        if getattr(pl_module, "cleaned", True):
             self._write(self.destination(trainer), pl_module)
+        else:
+            rank_zero_warn("No cleaned weights are written: the fit ended while the teacher was being fine-tuned.")
 
     def destination(self, trainer: pl.Trainer) -> Path:
         """The file that is written."""

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from nba_lightning.adapters import unpack
 from nba_lightning.checks import check_at_least
@@ -74,9 +75,11 @@ def clean_batches(trainer: pl.Trainer) -> Iterator[Tensor]:
     """Endless training images `(B, C, H, W)` in [0, 1], on the device and through the hooks of the DataModule."""
     network: nn.Module | None = getattr(trainer.lightning_module, "model", None)
     data: Any = getattr(trainer, "datamodule", None)
-    numbers = count()
+    loader, numbers = beside(trainer.train_dataloader), count()
     while True:
-        for batch in trainer.train_dataloader or ():
+        empty = True
+        for batch in loader:
+            empty = False
             # A batch beside the training steps: a BackdoorDataModule draws its augmentation by this number instead.
             if hasattr(data, "extra_batch"):
                 data.extra_batch = next(numbers)
@@ -84,6 +87,21 @@ def clean_batches(trainer: pl.Trainer) -> Iterator[Tensor]:
             if hasattr(data, "extra_batch"):
                 data.extra_batch = None
             yield unpack(ready, network)[0]
+        if empty:
+            raise RuntimeError("Expected the training loader to yield batches again, but it gave none.")
+
+
+def beside(loader: Any) -> Any:
+    """A loader to go through while the Trainer goes through the given one.
+
+    Persistent workers serve one pass at a time: a second one would take the first one's batches away. So their images
+    are read here instead.
+    """
+    if not (isinstance(loader, DataLoader) and loader.persistent_workers and loader.num_workers):
+        return loader
+    if loader.batch_sampler is None:
+        return DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
+    return DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn)
 
 
 def on_device(trainer: pl.Trainer, batch: Any) -> Any:

@@ -1,6 +1,6 @@
 """Adversarial neuron pruning."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nba_lightning.adapters import logits_of
 from nba_lightning.checks import check_at_least, check_range, expected
-from nba_lightning.modules.base import Defense
+from nba_lightning.modules.base import GRADIENT_SCALE, Defense
 from nba_lightning.modules.statistics import frozen_statistics
 from nba_lightning.randomness import generator_for
 
@@ -25,7 +25,8 @@ class ANP(Defense):
         + (1 - \alpha) \max_{\delta, \xi \in [-\epsilon, \epsilon]^n} CE((m + \delta) \odot w, (1 + \xi) \odot b)
 
     over one mask value m for each BatchNorm channel with weight w and bias b; the network's weights do not train. When
-    the fit ends, channels whose mask is below ``threshold`` get weight and bias 0.
+    the fit ends, channels whose mask is below ``threshold`` get weight and bias 0; validation sees the network as
+    pruned so far.
 
     Source: Wu & Wang, "Adversarial neuron pruning purifies backdoored deep models", NeurIPS 2021 (arXiv 2110.14430),
     section 4, equation 3, and the authors' code: epsilon 0.4, one step, alpha 0.2, SGD at 0.2 with momentum 0.9 over
@@ -102,6 +103,11 @@ class ANP(Defense):
         """The masks alone."""
         return list(self.masks)
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` in [0, 1] to logits `(B, K)` of the network as pruned by the masks of this moment."""
+        kept = [(mask >= self.threshold).to(mask.dtype) for mask in self.masks]
+        return self._masked(images, kept, kept)
+
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The masks' loss under the worst perturbation of the neurons."""
         images, labels = self.unpack(batch)
@@ -121,12 +127,16 @@ class ANP(Defense):
         self, images: Tensor, delta: Sequence[Tensor] | None = None, xi: Sequence[Tensor] | None = None
     ) -> Tensor:
         """Logits with every BatchNorm's weight times (m + delta) and bias times (1 + xi)."""
+        weights = self.masks if delta is None else [mask + one for mask, one in zip(self.masks, delta, strict=True)]
+        return self._masked(images, weights, None if xi is None else [1 + one for one in xi])
+
+    def _masked(self, images: Tensor, weights: Iterable[Tensor], biases: Sequence[Tensor] | None) -> Tensor:
+        """Logits with every BatchNorm's weight and bias times these factors."""
         changed: dict[str, Tensor] = {}
-        for index, (name, mask) in enumerate(zip(self.norms, self.masks, strict=True)):
+        for index, (name, factor) in enumerate(zip(self.norms, weights, strict=True)):
             norm = self._norm(name)
-            weight, bias = norm.weight.detach(), norm.bias.detach()
-            changed[f"{name}.weight"] = weight * (mask if delta is None else mask + delta[index])
-            changed[f"{name}.bias"] = bias if xi is None else bias * (1 + xi[index])
+            changed[f"{name}.weight"] = norm.weight.detach() * factor
+            changed[f"{name}.bias"] = norm.bias.detach() if biases is None else norm.bias.detach() * biases[index]
         return logits_of(functional_call(self.model, changed, (images,)))
 
     def _worst(
@@ -142,7 +152,7 @@ class ANP(Defense):
             leaves = [value.requires_grad_() for value in noise]
             loss = F.cross_entropy(self._perturbed(images, leaves[:count], leaves[count:]), labels)
             # The same perturbation on all processes: the worst for the images of all.
-            gradients = [self.reduce(gradient) for gradient in torch.autograd.grad(loss, leaves)]
+            gradients = [self.reduce(gradient) for gradient in torch.autograd.grad(GRADIENT_SCALE * loss, leaves)]
             noise = [
                 (leaf.detach() + self.epsilon / self.steps * gradient.sign()).clamp(-self.epsilon, self.epsilon)
                 for leaf, gradient in zip(leaves, gradients, strict=True)

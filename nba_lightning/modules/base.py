@@ -1,8 +1,10 @@
 """Training a classifier, and what all defences share."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import lightning.pytorch as pl
 import torch
@@ -27,6 +29,9 @@ from nba_lightning.weights import load_weights
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
+# Where a gradient is only used for its direction, this factor keeps it from vanishing in half precision.
+GRADIENT_SCALE = 1024.0
+_FROM_MODULES = WeakSet[Callback]()  # callbacks that no user passed; a Trainer keeps them from fit to fit
 _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 
@@ -96,13 +101,16 @@ class Classifier(pl.LightningModule):
     def _keep_plain_hyperparameters(self) -> None:
         """Drop arguments that hold modules or callables, so that the checkpoint stays free of code.
 
-        Those that came from a YAML are plain: Lightning's command line records their configuration.
+        Those that came from a YAML are plain: Lightning's command line records their configuration. Files of weights
+        are forgotten too: the checkpoint has the weights, and must load where the files are gone.
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"Attribute '\w+' is an instance of `nn.Module`")
             self.save_hyperparameters(logger=False)
         for name in [name for name, value in self.hparams.items() if not _is_plain(value)]:
             del self.hparams[name]
+        for name in self.hparams.keys() & {"weights", "teacher_weights"}:
+            self.hparams[name] = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` in [0, 1] to logits `(B, K)`."""
@@ -194,7 +202,7 @@ class Classifier(pl.LightningModule):
 
     def _count(self, stage: str, batch: Any) -> None:
         images, labels, *targets = unpack(batch, self.model)
-        preds = predict(self.model, images).argmax(dim=1)
+        preds = self(images).argmax(dim=1)
         metrics = self.evaluation.get_submodule(f"{stage}_metrics")
         for name, metric in metrics.named_children():
             assert isinstance(metric, Metric)
@@ -213,15 +221,31 @@ class Classifier(pl.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Class probabilities `(B, K)`."""
-        return predict(self.model, unpack(batch, self.model)[0]).softmax(dim=1)
+        probabilities: Tensor = self(unpack(batch, self.model)[0]).softmax(dim=1)
+        return probabilities
 
     def configure_callbacks(self) -> list[Callback]:
         """Stop at a loss that is not finite."""
-        return [FiniteLoss()]
+        return self.unless_given(FiniteLoss())
+
+    def unless_given(self, *callbacks: Callback) -> list[Callback]:
+        """Those that the Trainer does not have already: Lightning would put them in the place of the user's."""
+        given = getattr(self._trainer, "callbacks", [])
+        ours = [one for one in callbacks if not any(isinstance(c, type(one)) for c in given if c not in _FROM_MODULES)]
+        _FROM_MODULES.update(ours)
+        return ours
 
     def phases(self) -> list[tuple[int, float]]:
         """The optimiser step at which each phase of the learning rate ends, and its height as a factor on ``lr``."""
-        return [(max(1, int(self.trainer.estimated_stepping_batches)), 1.0)]
+        total = self.trainer.estimated_stepping_batches
+        if not 0 <= total < math.inf:
+            raise expected(
+                "max_steps",
+                "given where the loader has no length or the fit no last epoch, since the learning rate falls to 0 "
+                "over the fit (or give `limit_train_batches` and `max_epochs`, or a `scheduler` to the module)",
+                self.trainer.max_steps,
+            )
+        return [(max(1, int(total)), 1.0)]
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """What the optimiser steps: only the network's own parameters by default."""
@@ -247,8 +271,9 @@ class Defense(Classifier):
     """Base class of all defences: a suspicious network comes in, a cleaned one goes out.
 
     A subclass writes its ``training_step``. At the end of ``fit`` the cleaned weights are written beside the
-    checkpoints as ``cleaned.safetensors``, with exactly the keys and dtypes of the network that came in. Strategies
-    that shard the network (FSDP, DeepSpeed) are refused.
+    checkpoints as ``cleaned.safetensors``, with exactly the keys and dtypes of the network that came in (a
+    :class:`~nba_lightning.callbacks.CleanedWeights` of your own among the Trainer's callbacks names another file).
+    Strategies that shard the network (FSDP, DeepSpeed) are refused.
 
     Args:
         model: the suspicious network.
@@ -264,7 +289,7 @@ class Defense(Classifier):
 
     def configure_callbacks(self) -> list[Callback]:
         """Write the cleaned weights when the fit has ended."""
-        return [*super().configure_callbacks(), CleanedWeights()]
+        return [*super().configure_callbacks(), *self.unless_given(CleanedWeights())]
 
 
 def without_attack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What distilling defences share: a teacher that is given, or fine-tuned in the first epochs of the same fit."""
 
 import copy
+import math
 import warnings
 from typing import Any
 
@@ -17,7 +18,8 @@ class Distillation(Defense):
     """Base class of defences with a student and a frozen teacher.
 
     The first ``teacher_epochs`` epochs of a fit fine-tune the suspicious network into the teacher; then the student
-    starts from the suspicious weights. A subclass writes :meth:`student_step`.
+    starts from the suspicious weights. A module that has its teacher keeps it in further fits. A fit that ends before
+    the student has begun leaves no cleaned weights. A subclass writes :meth:`student_step`.
 
     Args:
         model: the suspicious network, the student.
@@ -27,7 +29,8 @@ class Distillation(Defense):
         teacher_epochs: epochs that fine-tune the teacher, out of the Trainer's ``max_epochs``.
         needs_teacher: whether any term asks the teacher; without, no epoch is spent on it.
         lr: initial learning rate of the student.
-        teacher_lr: initial learning rate of the teacher.
+        teacher_lr: initial learning rate of the teacher; not used where ``optimizer`` is given, which then is the
+            teacher's too.
         warmup: share of each phase over which the learning rate rises linearly.
         **kwargs: further arguments of :class:`~nba_lightning.modules.base.Classifier`.
     """
@@ -61,7 +64,8 @@ class Distillation(Defense):
             load_weights(self.teacher, teacher_weights)
         self.teacher.requires_grad_(False).eval()
         self.teacher_lr = teacher_lr
-        self.teacher_epochs = 0 if given or not needs_teacher else teacher_epochs
+        self.teacher_epochs = 0 if given or not needs_teacher else teacher_epochs  # of this fit
+        self._asked_epochs = self.teacher_epochs
         self.register_buffer("teacher_ready", torch.tensor(self.teacher_epochs == 0))
 
     def train(self, mode: bool = True) -> "Distillation":
@@ -71,24 +75,68 @@ class Distillation(Defense):
         return self
 
     def setup(self, stage: str) -> None:
-        """Check that there is time for both phases."""
+        """As usual; decide which epochs of this fit are the teacher's."""
         super().setup(stage)
         if stage != "fit":
             return
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # the teacher must be
-        if getattr(self.trainer, "fast_dev_run", False):
-            self.teacher_epochs = 0
-        epochs = self.trainer.max_epochs
-        if self.teacher_epochs and epochs is not None and 0 <= epochs <= self.teacher_epochs:
+        self._was_ready = bool(self.teacher_ready)
+        rushed = getattr(self.trainer, "fast_dev_run", False)  # one epoch; it is for the student
+        self.teacher_epochs = 0 if rushed or self._was_ready else self._asked_epochs
+
+    def teardown(self, stage: str) -> None:
+        """As usual; a ``fast_dev_run`` has made no teacher."""
+        super().teardown(stage)
+        if stage == "fit" and getattr(self.trainer, "fast_dev_run", False):
+            self.teacher_ready.fill_(self._was_ready)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save how many of this fit's epochs are the teacher's."""
+        checkpoint["teacher_epochs"] = self.teacher_epochs
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the saved fit."""
+        self.teacher_epochs = checkpoint.get("teacher_epochs", self._asked_epochs)
+
+    @property
+    def cleaned(self) -> bool:
+        """Whether ``model`` is the student, and not still the teacher in the making."""
+        return bool(self.teacher_ready)
+
+    def steps_of_an_epoch(self) -> float:
+        """Optimiser steps of an epoch, infinite where the loader has no length."""
+        self.trainer.fit_loop.setup_data()  # as `estimated_stepping_batches` does; does nothing later
+        batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        return batches if math.isinf(batches) else max(1, math.ceil(batches))
+
+    @property
+    def student_epochs(self) -> float:
+        """The student's share of the fit's epochs, infinite where the Trainer has no end."""
+        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
+        ends = [float(epochs)] if epochs is not None and epochs >= 0 else []
+        ends += [steps / self.steps_of_an_epoch()] if steps >= 0 else []
+        return min(ends, default=math.inf) - self.teacher_epochs
+
+    def on_fit_start(self) -> None:
+        """Check that there is time for both phases."""
+        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
+        if not self.teacher_epochs or self.student_epochs > 0:
+            return
+        if epochs is not None and 0 <= epochs <= self.teacher_epochs:
             raise expected("max_epochs", f"above the {self.teacher_epochs} `teacher_epochs`", epochs)
+        needed = self.teacher_epochs * self.steps_of_an_epoch()
+        raise expected("max_steps", f"above the {needed:g} steps of the `teacher_epochs`", steps)
 
     def phases(self) -> list[tuple[int, float]]:
         """The learning rate falls to 0 once for the teacher and once for the student."""
         ((total, _),) = super().phases()
-        if not self.teacher_epochs or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
+        if not self.teacher_epochs:
             return [(total, 1.0)]
+        steps = self.steps_of_an_epoch()
+        if math.isinf(steps):
+            raise expected("limit_train_batches", "given where the loader has no length", steps)
         height = self.teacher_lr / self.lr if self.optimizer_factory is None else 1.0
-        return [(total * self.teacher_epochs // self.trainer.max_epochs, height), (total, 1.0)]
+        return [(self.teacher_epochs * int(steps), height), (total, 1.0)]
 
     def begin_epoch(self) -> None:
         """Begin what this epoch is for."""

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from nba_lightning.callbacks.pseudo_samples import on_device
+from nba_lightning.callbacks.pseudo_samples import beside, on_device
 from nba_lightning.checks import check_range, expected
 from nba_lightning.modules.base import Defense
 
@@ -76,9 +76,7 @@ class FinePruning(Defense):
         held_out = data.val_dataloader() if data is not None else None
         if isinstance(held_out, list | tuple):
             held_out = held_out[0] if held_out else None
-        training = self.trainer.train_dataloader
-        assert training is not None
-        dormant, labels = self._features(training)
+        dormant, labels = self._features(beside(self.trainer.train_dataloader))
         features = dormant
         if held_out is not None:
             features, labels = self._features(held_out)

@@ -9,11 +9,8 @@ from torch import Tensor, nn
 
 from nba_lightning.adapters import predict
 from nba_lightning.checks import check_range
-from nba_lightning.modules.base import Defense
+from nba_lightning.modules.base import GRADIENT_SCALE, Defense
 from nba_lightning.modules.statistics import frozen_statistics
-
-# The first gradient is only used for its direction, so a constant factor keeps it from vanishing in half precision.
-_SCALE = 1024.0
 
 
 class FTSAM(Defense):
@@ -68,7 +65,7 @@ class FTSAM(Defense):
         parameters = self.trained_parameters()
         gradients = [
             self.reduce(gradient)  # of all processes' images, as the step's is
-            for gradient in torch.autograd.grad(_SCALE * loss, parameters)
+            for gradient in torch.autograd.grad(GRADIENT_SCALE * loss, parameters)
         ]
         self._kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
         steps = adaptive_step(parameters, gradients, self.rho)

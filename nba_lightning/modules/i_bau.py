@@ -1,5 +1,6 @@
 """Implicit backdoor adversarial unlearning."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.optim import Adam
 
 from nba_lightning.adapters import predict
 from nba_lightning.callbacks.pseudo_samples import clean_batches
-from nba_lightning.checks import check_at_least, check_range
+from nba_lightning.checks import check_at_least, check_range, expected
 from nba_lightning.modules.base import Defense, OptimizerFactory
 from nba_lightning.randomness import generator_for
 
@@ -41,7 +42,7 @@ class IBAU(Defense):
         penalty: weight of the squared norm of d.
         portion: share of a batch that gets d, in (0, 1].
         lr: initial learning rate.
-        optimizer: as a callable from parameters; ``None`` is Adam at ``lr``.
+        optimizer: as a callable from parameters; ``None`` is Adam at ``lr``, without momentum and weight decay.
         warmup: share of the steps over which the learning rate rises linearly.
         **kwargs: further arguments of :class:`~nba_lightning.modules.base.Classifier`.
     """
@@ -89,12 +90,13 @@ class IBAU(Defense):
 
     def begin_epoch(self) -> None:
         """Find this round's perturbation by one pass over the clean images."""
-        batches = clean_batches(self.trainer)
-        number = int(self.trainer.num_training_batches)
+        batches, number = clean_batches(self.trainer), self.trainer.num_training_batches
+        if math.isinf(number):
+            raise expected("limit_train_batches", "given where the loader has no length", number)
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
             first = next(batches)
             perturbation = self._ascend(torch.zeros_like(first[:1]), first)
-            for _ in range(number - 1):
+            for _ in range(int(number) - 1):
                 perturbation = self._ascend(perturbation, next(batches))
         self.perturbation = perturbation
         self.inner_images = torch.empty(0)

@@ -51,7 +51,7 @@ class NAD(Distillation):
         power: float = 2.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, weights, **kwargs)
+        super().__init__(model, weights, needs_teacher=True, **kwargs)
         self.layers = resolve_layers(model, layers)
         resolve_layers(self.teacher, self.layers)
         self.betas = [500.0, *[1000.0] * (len(self.layers) - 1)] if betas is None else list(betas)

@@ -141,7 +141,8 @@ class NBA(Distillation):
             raise expected("layers", f"at least {self.behavior.min_layers} for {type(self.behavior).__name__}", layers)
         if asks_teacher:
             resolve_layers(self.teacher, self.layers)
-        asked = distillation or mixed_distillation or (alignment and not asks_teacher)
+        answers = (labelled > 0 and distillation) or (labelled < 1 and mixed_distillation)
+        asked = answers or (alignment and not asks_teacher)
         self.suspicious = copy.deepcopy(model).requires_grad_(False).eval() if asked else None
 
     @property
@@ -151,12 +152,8 @@ class NBA(Distillation):
 
     @property
     def learns_labels(self) -> bool:
-        """Whether this epoch is one with labels; all are where the Trainer has no ``max_epochs``."""
-        last = self.trainer.max_epochs
-        if last is None or last < 0:
-            return True
-        done = self.trainer.current_epoch - self.teacher_epochs
-        return done < self.labelled * (last - self.teacher_epochs)
+        """Whether this epoch is one with labels; all are in a fit without an end."""
+        return self.trainer.current_epoch - self.teacher_epochs < self.labelled * self.student_epochs
 
     def train(self, mode: bool = True) -> "NBA":
         """As usual, but the teacher and the suspicious network stay in ``eval`` mode."""
@@ -167,8 +164,10 @@ class NBA(Distillation):
 
     def configure_callbacks(self) -> list[Callback]:
         """Regenerate the pseudo samples, if there are any."""
-        regeneration = [PseudoSampleRegeneration(self.regenerate_every_n_epochs)] if self.uses_pseudo_samples else []
-        return [*super().configure_callbacks(), *regeneration]
+        inherited = super().configure_callbacks()
+        if not self.uses_pseudo_samples:
+            return inherited
+        return [*inherited, *self.unless_given(PseudoSampleRegeneration(self.regenerate_every_n_epochs))]
 
     def enter_phase(self) -> bool:
         """Begin what this epoch is for; whether it uses pseudo samples."""

@@ -12,7 +12,7 @@ from torch.optim import Adam
 from nba_lightning.adapters import predict
 from nba_lightning.checks import check_at_least, check_range
 from nba_lightning.functional import js_divergence
-from nba_lightning.modules.base import Defense, OptimizerFactory
+from nba_lightning.modules.base import GRADIENT_SCALE, Defense, OptimizerFactory
 from nba_lightning.pseudo import evaluating
 
 
@@ -46,7 +46,7 @@ class SAU(Defense):
         shared: weight beta_2.
         unlearning: weight of the second term of the network's loss.
         lr: initial learning rate.
-        optimizer: as a callable from parameters; ``None`` is Adam at ``lr``.
+        optimizer: as a callable from parameters; ``None`` is Adam at ``lr``, without momentum and weight decay.
         warmup: share of the steps over which the learning rate rises linearly.
         **kwargs: further arguments of :class:`~nba_lightning.modules.base.Classifier`.
     """
@@ -121,7 +121,7 @@ class SAU(Defense):
                 leaf = perturbations.detach().requires_grad_()
                 logits = [predict(network, images + leaf) for network in (self.model, self.suspicious)]
                 loss = self._crafting_loss(logits, before, labels)
-                step = torch.autograd.grad(loss, leaf)[0].sign()
+                step = torch.autograd.grad(GRADIENT_SCALE * loss, leaf)[0].sign()
                 perturbations = (leaf.detach() - self.step_size * step).clamp(-self.epsilon, self.epsilon)
         return perturbations
 
