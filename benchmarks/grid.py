@@ -10,7 +10,8 @@ Defences are those of ``configs/defense``, as they stand there; ablations are fi
 over ``configs/defense/nba.yaml``. The attack ``clean`` is none: every defence on a model that nobody poisoned. Every
 model is tested once, after its last epoch. The backdoored model of an attack is trained once (see attacks.py) and kept
 under ``--work``, the cleaned ones beside it; the seeds are those of the defences: of their own draws, and of the order
-and augmentation of the defender's images, which are the same for all.
+and augmentation of the defender's images, which are the same for all. A cell that is there is not run again; if it was
+run with other settings than today's, nothing runs until it is deleted or renamed.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from common import (
     build,
     config,
     data,
+    done,
     load,
     merged,
     network_spec,
@@ -41,6 +43,7 @@ from common import (
 )
 from meter import metered
 
+from nba_lightning.checks import first_few
 from nba_lightning.data import Source
 from nba_lightning.functional import defense_effectiveness_rating
 from nba_lightning.modules.base import Defense
@@ -78,24 +81,48 @@ def defense_config(args: argparse.Namespace, cell: Cell) -> Any:
     return merged(found, {"model": {"init_args": settings}, "trainer": {"max_epochs": epochs}})
 
 
+def settings_of(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
+    """What its result says of the settings."""
+    found = defense_config(args, cell)
+    subset = found["data"]["init_args"] | {"clean_fraction": args.clean_fraction, "order_seed": cell.seed}
+    return {"epochs": found["trainer"]["max_epochs"], **found["model"], **subset}
+
+
+def stale(args: argparse.Namespace, cell: Cell) -> bool:
+    """Whether its result is there, with other settings than these."""
+    path = args.results / f"{cell.name}.json"
+    if not done(path):
+        return False
+    before = json.loads(path.read_text())
+    today = settings_of(args, cell)
+    today["batch_size"] = min(today["batch_size"], before["clean_images"])
+    return comparable(before["settings"]) != comparable(today)
+
+
+def comparable(value: Any) -> Any:
+    """Settings without the folders of files of weights."""
+    if isinstance(value, dict):
+        return {name: comparable(inner) for name, inner in value.items()}
+    return Path(value).name if isinstance(value, str) and value.endswith(".safetensors") else value
+
+
 def defend(args: argparse.Namespace, source: Source, cell: Cell) -> dict[str, Any]:
     """Clean one model and test it."""
     before = json.loads((args.attack_results / f"{cell.attack}-none-0.json").read_text())
     pl.seed_everything(cell.seed, verbose=False)
-    found = defense_config(args, cell)
+    found, settings = defense_config(args, cell), settings_of(args, cell)
     attack = None if cell.attack == "clean" else attack_for(args, cell.attack, state=state_file(args, cell.attack))
-    subset = found["data"]["init_args"] | {"clean_fraction": args.clean_fraction, "order_seed": cell.seed}
+    subset = {name: settings[name] for name in (*found["data"]["init_args"], "clean_fraction", "order_seed")}
     datamodule = data(args, source, attack, **subset | {"batch_size": 2})
     datamodule.setup()
     # A small source may have less than one of the authors' batches.
-    datamodule.batch_size = min(subset["batch_size"], len(datamodule.partition.clean))
+    settings["batch_size"] = datamodule.batch_size = min(subset["batch_size"], len(datamodule.partition.clean))
     own = {"model": network_spec(args), "weights": str(args.work / f"{cell.attack}.safetensors"), "seed": cell.seed}
     module = build(Defense, merged(found["model"], {"init_args": own}))
     for inner in module.children():
         inner.to(memory_format=torch.channels_last)
-    epochs = found["trainer"]["max_epochs"]
     with metered(module, type(module.model)) as meter:
-        trainer(args, epochs).fit(module, datamodule)
+        trainer(args, settings["epochs"]).fit(module, datamodule)
     result = {"attack": cell.attack, "defense": cell.defense, "seed": cell.seed, **test(args, module, datamodule)}
     if "asr" in result:
         rating = defense_effectiveness_rating(before["acc"], before["asr"], result["acc"], result["asr"])
@@ -104,7 +131,6 @@ def defend(args: argparse.Namespace, source: Source, cell: Cell) -> dict[str, An
     result |= {"seconds": meter.seconds, "passes_per_image": round(meter.passes / images, 2)}
     result |= {"peak_memory_mib": meter.peak_memory_mib, "clean_fraction": args.clean_fraction}
     result |= {"clean_images": images, "poison_rate": before.get("poison_rate", 0.0)}
-    settings = {"epochs": epochs, **found["model"], **subset, "batch_size": datamodule.batch_size}
     result |= {"settings": settings, **provenance(args)}
     save_weights(module.model.state_dict(), args.work / f"{cell.name}.safetensors")
     return result
@@ -137,13 +163,15 @@ def main() -> None:
     options.add_argument("--label", help="name in the results of the one defence that `--set` changes")
     options.add_argument("--attack-results", type=Path, default=HERE / "results" / "attacks")
     args = options.parse_args()
-    if args.set and not (args.label and len(args.defenses) == 1):
+    if (args.set or args.label) and (not args.label or len(args.defenses) != 1 or args.ablations):
         options.error("--set changes one defence: name it by --defenses, and the result by --label")
+    tasks = [Cell(attack, label, seed) for seed in args.seeds for label in labels(args) for attack in args.attacks]
+    if changed := [task.name for task in tasks if stale(args, task)]:
+        raise SystemExit(f"Run with other settings than today's, so delete or rename them: {first_few(changed)}.")
     source = load(args)
     implanting = argparse.Namespace(**vars(args) | {"results": args.attack_results})
     if implant_all(implanting, source, [Row(name) for name in args.attacks if name != "clean"]):
         raise SystemExit("An attack could not be implanted; its JSON says why.")
-    tasks = [Cell(attack, label, seed) for seed in args.seeds for label in labels(args) for attack in args.attacks]
     failed = run_cells(args, source, defend, [(task.name, task) for task in tasks])
     raise SystemExit(f"{failed} cells failed; their JSON says why." if failed else 0)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import HERE, cells
+from common import CONFIGS, HERE, cells
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -191,16 +191,12 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--results", type=Path, default=HERE / "results" / "defenses")
     options.add_argument("--attack-results", type=Path, default=HERE / "results" / "attacks")
-    options.add_argument("--only", nargs="+", help="these defences; by default all without `@` and ablations")
+    options.add_argument("--only", nargs="+", help="these defences; by default those of configs/defense")
     options.add_argument("--compact", action="store_true", help="one small table instead, attacks as columns")
     options.add_argument("--figure", type=Path, help="draw it into this file")
     args = options.parse_args()
-    ablations = {path.stem for path in (HERE / "ablations").glob("*.yaml")}
-
-    def wanted(defense: str) -> bool:
-        return defense in args.only if args.only else defense not in ablations and "@" not in defense
-
-    found = groups(cell for cell in cells(args.results) if wanted(cell["defense"]))
+    wanted = args.only or [path.stem for path in (CONFIGS / "defense").glob("*.yaml")]
+    found = groups(cell for cell in cells(args.results) if cell["defense"] in wanted)
     if not found:
         raise SystemExit(f"No such cell in {args.results}; run benchmarks/grid.py first.")
     paths = {attack: args.attack_results / f"{attack}-none-0.json" for attack in found}

@@ -126,7 +126,28 @@ def test_a_defence_that_missed_an_attack_is_named_and_does_not_narrow_the_averag
     assert "Not averaged, since attacks are missing: sau (1 of 2)." in report.stdout
 
 
-def test_changed_settings_need_a_name_of_their_own(tmp_path):
-    ran = call("grid", tmp_path, "--defenses", "nba", "--set", "alignment=0")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--defenses", "nba", "--set", "alignment=0"),
+        ("--defenses", "nba", "nad", "--label", "changed"),
+        ("--label", "changed"),
+        ("--defenses", "nba", "--ablations", "no_mixing", "--label", "changed", "--set", "alignment=0"),
+    ],
+)
+def test_changed_settings_need_one_defence_and_a_name_of_their_own(arguments, tmp_path):
+    ran = call("grid", tmp_path, *arguments)
     assert ran.returncode == 2
     assert "--label" in ran.stderr
+
+
+def test_a_cell_of_other_settings_is_not_taken_for_today_s(grid):
+    folder, _ = grid
+    arguments = ("--attacks", "badnets", "--defenses", "fine_tuning", "--seeds", "0", "--label", "short", "--set")
+    assert call("grid", folder, *arguments, "epochs=1").returncode == 0
+    assert call("grid", folder, *arguments, "epochs=1").returncode == 0
+    ran = call("grid", folder, *arguments, "epochs=2")
+    assert ran.returncode != 0
+    assert "delete or rename them: badnets-short-0" in ran.stderr
+    assert "short" not in call("report", folder).stdout  # shown when it is named
+    assert "| badnets | short | 1 |" in call("report", folder, "--only", "short").stdout
