@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+GRADIENT_SCALE = 1024.0
+"""Where a gradient is only used for its direction, this factor keeps it from vanishing in half precision."""
+
 
 def as_tokens(features: Tensor) -> Tensor:
     """Bring features into token form.

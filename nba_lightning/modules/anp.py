@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nba_lightning.adapters import logits_of
 from nba_lightning.checks import check_at_least, check_range, expected
-from nba_lightning.modules.base import GRADIENT_SCALE, Defense
+from nba_lightning.functional import GRADIENT_SCALE
+from nba_lightning.modules.base import Defense
 from nba_lightning.modules.statistics import frozen_statistics
 from nba_lightning.randomness import generator_for
 

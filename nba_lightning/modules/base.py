@@ -1,10 +1,8 @@
 """Training a classifier, and what all defences share."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-from weakref import WeakSet
 
 import lightning.pytorch as pl
 import torch
@@ -21,7 +19,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from nba_lightning.adapters import bare, check_fit, predict, unpack
 from nba_lightning.callbacks.cleaned_weights import CleanedWeights
 from nba_lightning.callbacks.finite_loss import FiniteLoss
-from nba_lightning.checks import check_at_least, check_range, check_unit_range, expected
+from nba_lightning.callbacks.given import unless_given
+from nba_lightning.checks import check_at_least, check_range, check_unit_range, expected, is_plain
 from nba_lightning.compilation import compile_regions, undo_compile
 from nba_lightning.metrics import IGNORE_LABEL, AttackSuccessRate, RobustAccuracy
 from nba_lightning.modules.schedule import cosine_factor
@@ -29,9 +28,6 @@ from nba_lightning.weights import load_weights
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
-# Where a gradient is only used for its direction, this factor keeps it from vanishing in half precision.
-GRADIENT_SCALE = 1024.0
-_FROM_MODULES = WeakSet[Callback]()  # callbacks that no user passed; a Trainer keeps them from fit to fit
 _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 
@@ -107,10 +103,9 @@ class Classifier(pl.LightningModule):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"Attribute '\w+' is an instance of `nn.Module`")
             self.save_hyperparameters(logger=False)
-        for name in [name for name, value in self.hparams.items() if not _is_plain(value)]:
+        for name in [name for name, value in self.hparams.items() if not is_plain(value)]:
             del self.hparams[name]
-        for name in self.hparams.keys() & {"weights", "teacher_weights"}:
-            self.hparams[name] = None
+        self.hparams.update(dict.fromkeys(self.hparams.keys() & {"weights", "teacher_weights"}))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` in [0, 1] to logits `(B, K)`."""
@@ -226,19 +221,12 @@ class Classifier(pl.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Stop at a loss that is not finite."""
-        return self.unless_given(FiniteLoss())
-
-    def unless_given(self, *callbacks: Callback) -> list[Callback]:
-        """Those that the Trainer does not have already: Lightning would put them in the place of the user's."""
-        given = getattr(self._trainer, "callbacks", [])
-        ours = [one for one in callbacks if not any(isinstance(c, type(one)) for c in given if c not in _FROM_MODULES)]
-        _FROM_MODULES.update(ours)
-        return ours
+        return unless_given(self._trainer, FiniteLoss())
 
     def phases(self) -> list[tuple[int, float]]:
         """The optimiser step at which each phase of the learning rate ends, and its height as a factor on ``lr``."""
         total = self.trainer.estimated_stepping_batches
-        if not 0 <= total < math.inf:
+        if not 0 <= total < float("inf"):
             raise expected(
                 "max_steps",
                 "given where the loader has no length or the fit no last epoch, since the learning rate falls to 0 "
@@ -289,7 +277,7 @@ class Defense(Classifier):
 
     def configure_callbacks(self) -> list[Callback]:
         """Write the cleaned weights when the fit has ended."""
-        return [*super().configure_callbacks(), *self.unless_given(CleanedWeights())]
+        return [*super().configure_callbacks(), *unless_given(self._trainer, CleanedWeights())]
 
 
 def without_attack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -300,11 +288,3 @@ def without_attack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _metrics() -> nn.ModuleDict:
     accuracy = MulticlassAccuracy(average="micro", ignore_index=IGNORE_LABEL)
     return nn.ModuleDict({"acc": accuracy, "asr": AttackSuccessRate(), "ra": RobustAccuracy()})
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(_is_plain(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from nba_lightning.adapters import predict
 from nba_lightning.checks import check_range
-from nba_lightning.modules.base import GRADIENT_SCALE, Defense
+from nba_lightning.functional import GRADIENT_SCALE
+from nba_lightning.modules.base import Defense
 from nba_lightning.modules.statistics import frozen_statistics
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nba_lightning.augmentation import CutMix, RandomCropFlip
 from nba_lightning.behaviors.base import Behavior, alignment_loss
 from nba_lightning.behaviors.gram import ChannelGram
+from nba_lightning.callbacks.given import unless_given
 from nba_lightning.callbacks.pseudo_samples import PseudoSampleRegeneration
 from nba_lightning.checks import check_at_least, check_choice, check_range, expected
 from nba_lightning.features import features, resolve_layers
@@ -168,7 +169,7 @@ class NBA(Distillation):
         inherited = super().configure_callbacks()
         if not self.uses_pseudo_samples:
             return inherited
-        return [*inherited, *self.unless_given(PseudoSampleRegeneration(self.regenerate_every_n_epochs))]
+        return [*inherited, *unless_given(self._trainer, PseudoSampleRegeneration(self.regenerate_every_n_epochs))]
 
     def enter_phase(self) -> bool:
         """Begin what this epoch is for; whether it uses pseudo samples."""

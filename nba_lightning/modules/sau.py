@@ -11,8 +11,8 @@ from torch.optim import Adam
 
 from nba_lightning.adapters import predict
 from nba_lightning.checks import check_at_least, check_range
-from nba_lightning.functional import js_divergence
-from nba_lightning.modules.base import GRADIENT_SCALE, Defense, OptimizerFactory
+from nba_lightning.functional import GRADIENT_SCALE, js_divergence
+from nba_lightning.modules.base import Defense, OptimizerFactory
 from nba_lightning.pseudo import evaluating
 
 
