@@ -53,7 +53,7 @@ class NBA(Distillation):
         model: the suspicious network, the student.
         weights: a file with its suspicious weights; ``None`` if ``model`` has them already.
         teacher: a teacher that is given, of the student's layers; ``None`` fine-tunes one. It should differ from the
-            student in the backdoor alone: one that was trained on its own served worse, though nobody poisoned it.
+            student in the backdoor alone: one that was trained on its own served no better, though nobody poisoned it.
         teacher_weights: a file with the weights of a given teacher of the student's architecture.
         teacher_epochs: epochs that fine-tune the teacher, out of the Trainer's ``max_epochs``.
         layers: module paths of the observed layers; ``None`` takes the network's own default.
