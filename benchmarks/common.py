@@ -33,6 +33,7 @@ from nba_lightning.data.dataset import LabeledImages, MemoryImages
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
 ATTACKS = sorted(path.stem for path in (CONFIGS / "attack").glob("*.yaml") if path.stem != "none")
+DEFENSES = sorted(path.stem for path in (CONFIGS / "defense").glob("*.yaml") if path.stem != "none")
 BATCH_SIZE, SHAPE = 128, (3, 32, 32)
 
 

@@ -25,7 +25,7 @@ import yaml
 from attacks import Row, attack_for, implant_all, state_file
 from common import (
     ATTACKS,
-    CONFIGS,
+    DEFENSES,
     HERE,
     build,
     config,
@@ -49,7 +49,6 @@ from nba_lightning.functional import defense_effectiveness_rating
 from nba_lightning.modules.base import Defense
 from nba_lightning.weights import save_weights
 
-DEFENSES = sorted(path.stem for path in (CONFIGS / "defense").glob("*.yaml") if path.stem != "none")
 ABLATIONS = sorted(path.stem for path in (HERE / "ablations").glob("*.yaml"))
 CLEAN_FRACTION = 0.05
 
@@ -67,25 +66,34 @@ class Cell(NamedTuple):
 
 
 def defense_config(args: argparse.Namespace, cell: Cell) -> Any:
-    """Its YAML, with the arguments of the command line on top."""
+    """Its YAML, with the arguments of the command line on top. ``$WORK`` and the like in it stand as they are."""
     label = args.defenses[0] if args.label else cell.defense.split("@")[0]
     if label in DEFENSES:
         found = config("defense", label)
     else:
-        text = (HERE / "ablations" / f"{label}.yaml").read_text()
-        for name, value in {"WORK": args.work, "ATTACK": cell.attack, "SEED": cell.seed}.items():
-            text = text.replace(f"${name}", str(value))
-        found = merged(config("defense", "nba"), yaml.safe_load(text))
+        change = yaml.safe_load((HERE / "ablations" / f"{label}.yaml").read_text())
+        found = merged(config("defense", "nba"), change)
     settings = dict(args.set)
     epochs = settings.pop("epochs", found["trainer"]["max_epochs"])
-    return merged(found, {"model": {"init_args": settings}, "trainer": {"max_epochs": epochs}})
+    subset = {"clean_fraction": args.clean_fraction, "order_seed": cell.seed}
+    parts = {"model": {"init_args": settings}, "data": {"init_args": subset}, "trainer": {"max_epochs": epochs}}
+    return merged(found, parts)
 
 
-def settings_of(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
-    """What its result says of the settings."""
-    found = defense_config(args, cell)
-    subset = found["data"]["init_args"] | {"clean_fraction": args.clean_fraction, "order_seed": cell.seed}
+def settings_of(found: Any, batch_size: int) -> dict[str, Any]:
+    """What a result says of the settings."""
+    subset = found["data"]["init_args"] | {"batch_size": batch_size}
     return {"epochs": found["trainer"]["max_epochs"], **found["model"], **subset}
+
+
+def build_defense(args: argparse.Namespace, cell: Cell, spec: Any) -> Defense:
+    """The module, on the suspicious weights; ``$WORK``, ``$ATTACK`` and ``$SEED`` get their values."""
+    text = json.dumps(spec)
+    for name, value in {"WORK": args.work, "ATTACK": cell.attack, "SEED": cell.seed}.items():
+        text = text.replace(f"${name}", str(value))
+    own = {"model": network_spec(args), "weights": str(args.work / f"{cell.attack}.safetensors"), "seed": cell.seed}
+    module: Defense = build(Defense, merged(json.loads(text), {"init_args": own}))
+    return module
 
 
 def stale(args: argparse.Namespace, cell: Cell) -> bool:
@@ -94,35 +102,27 @@ def stale(args: argparse.Namespace, cell: Cell) -> bool:
     if not done(path):
         return False
     before = json.loads(path.read_text())
-    today = settings_of(args, cell)
-    today["batch_size"] = min(today["batch_size"], before["clean_images"])
-    return comparable(before["settings"]) != comparable(today)
-
-
-def comparable(value: Any) -> Any:
-    """Settings without the folders of files of weights."""
-    if isinstance(value, dict):
-        return {name: comparable(inner) for name, inner in value.items()}
-    return Path(value).name if isinstance(value, str) and value.endswith(".safetensors") else value
+    found = defense_config(args, cell)
+    batch_size = min(found["data"]["init_args"]["batch_size"], before["clean_images"])
+    return bool(before["settings"] != settings_of(found, batch_size))
 
 
 def defend(args: argparse.Namespace, source: Source, cell: Cell) -> dict[str, Any]:
     """Clean one model and test it."""
     before = json.loads((args.attack_results / f"{cell.attack}-none-0.json").read_text())
     pl.seed_everything(cell.seed, verbose=False)
-    found, settings = defense_config(args, cell), settings_of(args, cell)
+    found = defense_config(args, cell)
     attack = None if cell.attack == "clean" else attack_for(args, cell.attack, state=state_file(args, cell.attack))
-    subset = {name: settings[name] for name in (*found["data"]["init_args"], "clean_fraction", "order_seed")}
+    subset = found["data"]["init_args"]
     datamodule = data(args, source, attack, **subset | {"batch_size": 2})
     datamodule.setup()
     # A small source may have less than one of the authors' batches.
-    settings["batch_size"] = datamodule.batch_size = min(subset["batch_size"], len(datamodule.partition.clean))
-    own = {"model": network_spec(args), "weights": str(args.work / f"{cell.attack}.safetensors"), "seed": cell.seed}
-    module = build(Defense, merged(found["model"], {"init_args": own}))
+    datamodule.batch_size = min(subset["batch_size"], len(datamodule.partition.clean))
+    module = build_defense(args, cell, found["model"])
     for inner in module.children():
         inner.to(memory_format=torch.channels_last)
     with metered(module, type(module.model)) as meter:
-        trainer(args, settings["epochs"]).fit(module, datamodule)
+        trainer(args, found["trainer"]["max_epochs"]).fit(module, datamodule)
     result = {"attack": cell.attack, "defense": cell.defense, "seed": cell.seed, **test(args, module, datamodule)}
     if "asr" in result:
         rating = defense_effectiveness_rating(before["acc"], before["asr"], result["acc"], result["asr"])
@@ -131,7 +131,7 @@ def defend(args: argparse.Namespace, source: Source, cell: Cell) -> dict[str, An
     result |= {"seconds": meter.seconds, "passes_per_image": round(meter.passes / images, 2)}
     result |= {"peak_memory_mib": meter.peak_memory_mib, "clean_fraction": args.clean_fraction}
     result |= {"clean_images": images, "poison_rate": before.get("poison_rate", 0.0)}
-    result |= {"settings": settings, **provenance(args)}
+    result |= {"settings": settings_of(found, datamodule.batch_size), **provenance(args)}
     save_weights(module.model.state_dict(), args.work / f"{cell.name}.safetensors")
     return result
 

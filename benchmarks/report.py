@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import CONFIGS, HERE, cells
+from common import DEFENSES, HERE, cells
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -195,7 +195,7 @@ def main() -> None:
     options.add_argument("--compact", action="store_true", help="one small table instead, attacks as columns")
     options.add_argument("--figure", type=Path, help="draw it into this file")
     args = options.parse_args()
-    wanted = args.only or [path.stem for path in (CONFIGS / "defense").glob("*.yaml")]
+    wanted = args.only or DEFENSES
     found = groups(cell for cell in cells(args.results) if cell["defense"] in wanted)
     if not found:
         raise SystemExit(f"No such cell in {args.results}; run benchmarks/grid.py first.")

@@ -154,7 +154,8 @@ class UniversalPerturbations(PseudoSamples):
         if self.bank.numel() == 0 or self.restart:
             self.bank = self._noise(images, generator)
         for step in range(self.steps):
-            images = images if step == 0 else next(endless)
+            if step > 0:
+                images = next(endless)
             owner = torch.arange(len(images), device=images.device) % self.number
             with evaluating(student, teacher):
                 gradients = reduce(self._gradients(student, teacher, images, self.bank, owner))

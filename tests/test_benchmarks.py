@@ -76,12 +76,16 @@ def test_a_model_that_is_gone_is_trained_again(grid):
 
 def test_a_cell_that_fails_is_recorded_and_stops_no_other(grid, tmp_path):
     folder, _ = grid
-    arguments = ("--attacks", "badnets", "--seeds", "0", "--ablations", "teacher_ft_sam", "regenerate_never")
+    ablations = ("teacher_ft_sam", "regenerate_never", "teacher_never_poisoned")
+    arguments = ("--attacks", "badnets", "--seeds", "0", "--ablations", *ablations)
     ran = call("grid", folder, *arguments)
     assert ran.returncode != 0
     assert "1 cells failed" in ran.stderr
     assert "FileNotFoundError" in json.loads((folder / "d" / "badnets-teacher_ft_sam-0.json").read_text())["error"]
     assert "acc" in json.loads((folder / "d" / "badnets-regenerate_never-0.json").read_text())
+    given = (folder / "d" / "badnets-teacher_never_poisoned-0.json").read_text()
+    assert "acc" in json.loads(given)
+    assert str(folder) not in given  # settings, not where somebody keeps models
 
 
 def test_the_report_has_averages_rows_and_a_figure(grid, tmp_path):

@@ -57,6 +57,12 @@ def test_a_loader_without_a_length_needs_an_end_and_then_trains(defense, network
     assert count.steps == {0: 3, 1: 3}
 
 
+def test_labels_need_epochs_of_a_known_length(network, trainer):
+    module = NBA(network, teacher=copy.deepcopy(network), pseudo=crafting())
+    with pytest.raises(ValueError, match="Expected `limit_train_batches` to be given where the loader has no length"):
+        trainer(max_epochs=-1, max_steps=6).fit(module, DataLoader(Stream(), 16))
+
+
 def test_a_fit_without_an_end_needs_a_schedule(network, trainer):
     loader = DataLoader(images(), 16)
     with pytest.raises(ValueError, match="the fit no last epoch"):

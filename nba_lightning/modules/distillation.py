@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nba_lightning.checks import check_at_least, check_range, expected
 from nba_lightning.modules.base import Defense
+from nba_lightning.modules.schedule import batches_of_an_epoch
 from nba_lightning.weights import load_weights
 
 
@@ -103,11 +104,9 @@ class Distillation(Defense):
         """Whether ``model`` is the student, and not still the teacher in the making."""
         return bool(self.teacher_ready)
 
-    def steps_of_an_epoch(self) -> float:
-        """Optimiser steps of an epoch, infinite where the loader has no length."""
-        self.trainer.fit_loop.setup_data()  # as `estimated_stepping_batches` does; does nothing later
-        batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        return batches if math.isinf(batches) else max(1, math.ceil(batches))
+    def steps_of_an_epoch(self) -> int:
+        """Optimiser steps of an epoch."""
+        return max(1, math.ceil(batches_of_an_epoch(self.trainer) / self.trainer.accumulate_grad_batches))
 
     @property
     def student_epochs(self) -> float:
@@ -125,18 +124,15 @@ class Distillation(Defense):
         if epochs is not None and 0 <= epochs <= self.teacher_epochs:
             raise expected("max_epochs", f"above the {self.teacher_epochs} `teacher_epochs`", epochs)
         needed = self.teacher_epochs * self.steps_of_an_epoch()
-        raise expected("max_steps", f"above the {needed:g} steps of the `teacher_epochs`", steps)
+        raise expected("max_steps", f"above the {needed} steps of the `teacher_epochs`", steps)
 
     def phases(self) -> list[tuple[int, float]]:
         """The learning rate falls to 0 once for the teacher and once for the student."""
         ((total, _),) = super().phases()
         if not self.teacher_epochs:
             return [(total, 1.0)]
-        steps = self.steps_of_an_epoch()
-        if math.isinf(steps):
-            raise expected("limit_train_batches", "given where the loader has no length", steps)
         height = self.teacher_lr / self.lr if self.optimizer_factory is None else 1.0
-        return [(self.teacher_epochs * int(steps), height), (total, 1.0)]
+        return [(self.teacher_epochs * self.steps_of_an_epoch(), height), (total, 1.0)]
 
     def begin_epoch(self) -> None:
         """Begin what this epoch is for."""

@@ -1,6 +1,5 @@
 """Implicit backdoor adversarial unlearning."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch.optim import Adam
 
 from nba_lightning.adapters import predict
 from nba_lightning.callbacks.pseudo_samples import clean_batches
-from nba_lightning.checks import check_at_least, check_range, expected
+from nba_lightning.checks import check_at_least, check_range
 from nba_lightning.modules.base import Defense, OptimizerFactory
+from nba_lightning.modules.schedule import batches_of_an_epoch
 from nba_lightning.randomness import generator_for
 
 
@@ -90,13 +90,11 @@ class IBAU(Defense):
 
     def begin_epoch(self) -> None:
         """Find this round's perturbation by one pass over the clean images."""
-        batches, number = clean_batches(self.trainer), self.trainer.num_training_batches
-        if math.isinf(number):
-            raise expected("limit_train_batches", "given where the loader has no length", number)
+        batches, number = clean_batches(self.trainer), batches_of_an_epoch(self.trainer)
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
             first = next(batches)
             perturbation = self._ascend(torch.zeros_like(first[:1]), first)
-            for _ in range(int(number) - 1):
+            for _ in range(number - 1):
                 perturbation = self._ascend(perturbation, next(batches))
         self.perturbation = perturbation
         self.inner_images = torch.empty(0)

@@ -1,7 +1,25 @@
-"""Learning rate over a fit, as a pure function of the step."""
+"""The course of a fit: the learning rate as a pure function of the step, and the length of an epoch."""
 
 import math
 from collections.abc import Sequence
+
+import lightning.pytorch as pl
+
+from nba_lightning.checks import expected
+
+
+def batches_of_an_epoch(trainer: pl.Trainer) -> int:
+    """Training batches of an epoch on this process; loaders are set up if they are not yet.
+
+    Raises:
+        ValueError: where the loader has no length.
+    """
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    batches = trainer.num_training_batches
+    if math.isinf(batches):
+        raise expected("limit_train_batches", "given where the loader has no length", trainer.limit_train_batches)
+    return int(batches)
 
 
 def cosine_factor(step: int, phases: Sequence[tuple[int, float]], warmup: float = 0.0) -> float:
