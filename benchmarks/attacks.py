@@ -36,7 +36,7 @@ from common import (
     test,
     trainer,
 )
-from meter import metered
+from fitting import fit
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from nba_lightning import BackdoorDataModule, Classifier
@@ -100,11 +100,12 @@ def implant(args: argparse.Namespace, source: Source, row: Row) -> dict[str, Any
     if (CONFIGS / "implant" / f"{row.attack}.yaml").exists():
         module = config("implant", row.attack)["model"]
         epochs += module["init_args"].get("mask_epochs", 0)
-    implanting = build(Classifier, merged(module, {"init_args": {"model": network_spec(args)}}))
+    spec = merged(module, {"init_args": {"model": network_spec(args)}})
+    implanting = build(Classifier, spec)
     implanting.model = model
     datamodule = data(args, source, attack, batch_size=BATCH_SIZE, **own_data(row.attack))
-    with metered(implanting, type(model)) as meter:
-        trainer(args, epochs).fit(implanting, datamodule)
+    chosen = [spec, None if attack is None else config("attack", row.attack)]
+    meter = fit(args, f"{row.label}-none-{row.seed}", implanting, datamodule, epochs, chosen)
     cell = {"attack": row.attack, "defense": "none", "seed": row.seed, **test(args, Classifier(model), datamodule)}
     if attack is not None:
         cell |= {"poison_rate": attack.poison_rate, **visibility(attack, source), **references(args, datamodule)}

@@ -74,6 +74,7 @@ def parser(description: str | None, results: str) -> argparse.ArgumentParser:
     found.add_argument("--precision", default="bf16-mixed")
     found.add_argument("--results", type=Path, default=HERE / "results" / results)
     found.add_argument("--work", type=Path, default=Path("runs/benchmark"), help="where models are kept")
+    found.add_argument("--save-every", type=float, default=60, help="seconds after which a fit is saved, to go on from")
     found.add_argument("--jobs", type=int, default=1, help="cells that run at the same time, each in its own process")
     return found
 

@@ -10,8 +10,9 @@ Defences are those of ``configs/defense``, as they stand there; ablations are fi
 over ``configs/defense/nba.yaml``. The attack ``clean`` is none: every defence on a model that nobody poisoned. Every
 model is tested once, after its last epoch. The backdoored model of an attack is trained once (see attacks.py) and kept
 under ``--work``, the cleaned ones beside it; the seeds are those of the defences: of their own draws, and of the order
-and augmentation of the defender's images, which are the same for all. A cell that is there is not run again; if it was
-run with other settings than today's, nothing runs until it is deleted or renamed.
+and augmentation of the defender's images, which are the same for all. A cell that is there is not run again, and one
+that was killed goes on from where it was last saved; if one was run with other settings than today's, nothing runs
+until it is deleted or renamed.
 """
 
 import argparse
@@ -39,9 +40,8 @@ from common import (
     quiet,
     run_cells,
     test,
-    trainer,
 )
-from meter import metered
+from fitting import fit
 
 from nba_lightning.checks import first_few
 from nba_lightning.data import Source
@@ -121,8 +121,8 @@ def defend(args: argparse.Namespace, source: Source, cell: Cell) -> dict[str, An
     module = build_defense(args, cell, found["model"])
     for inner in module.children():
         inner.to(memory_format=torch.channels_last)
-    with metered(module, type(module.model)) as meter:
-        trainer(args, found["trainer"]["max_epochs"]).fit(module, datamodule)
+    settings = settings_of(found, datamodule.batch_size)
+    meter = fit(args, cell.name, module, datamodule, found["trainer"]["max_epochs"], settings)
     result = {"attack": cell.attack, "defense": cell.defense, "seed": cell.seed, **test(args, module, datamodule)}
     if "asr" in result:
         rating = defense_effectiveness_rating(before["acc"], before["asr"], result["acc"], result["asr"])
@@ -131,7 +131,7 @@ def defend(args: argparse.Namespace, source: Source, cell: Cell) -> dict[str, An
     result |= {"seconds": meter.seconds, "passes_per_image": round(meter.passes / images, 2)}
     result |= {"peak_memory_mib": meter.peak_memory_mib, "clean_fraction": args.clean_fraction}
     result |= {"clean_images": images, "poison_rate": before.get("poison_rate", 0.0)}
-    result |= {"settings": settings_of(found, datamodule.batch_size), **provenance(args)}
+    result |= {"settings": settings, **provenance(args)}
     save_weights(module.model.state_dict(), args.work / f"{cell.name}.safetensors")
     return result
 

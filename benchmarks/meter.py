@@ -9,15 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 
-class Meter:
-    """Figures of the code under :func:`metered`."""
+class Meter(Callback):
+    """Figures of the code under :func:`metered`; as a callback of its Trainer, of the fit before a checkpoint too."""
 
-    passes = 0
-    seconds = 0.0
-    peak_memory_mib = 0.0
+    def __init__(self) -> None:
+        self.passes, self.seconds, self.peak_memory_mib = 0, 0.0, 0.0
+        self._memory, self._start = _reset_peak(), time.perf_counter()
+
+    def read(self) -> None:
+        """Bring seconds and peak memory up to date."""
+        self.seconds = round(time.perf_counter() - self._start, 1)
+        self.peak_memory_mib = max(self.peak_memory_mib, round(_peak() - self._memory, 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the fit has cost so far."""
+        self.read()
+        return {"passes": self.passes, "seconds": self.seconds, "peak_memory_mib": self.peak_memory_mib}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting from there."""
+        self.passes, self.peak_memory_mib = state_dict["passes"], state_dict["peak_memory_mib"]
+        self._start = time.perf_counter() - state_dict["seconds"]
 
 
 @contextmanager
@@ -37,12 +53,10 @@ def metered(module: nn.Module, network: type[nn.Module]) -> Iterator[Meter]:
             logits.register_hook(backward)
 
     hooks = [inner.register_forward_hook(forward) for inner in module.modules() if type(inner) is network]
-    before, start = _reset_peak(), time.perf_counter()
     try:
         yield meter
     finally:
-        meter.seconds = round(time.perf_counter() - start, 1)
-        meter.peak_memory_mib = round(_peak() - before, 1)
+        meter.read()
         for hook in hooks:
             hook.remove()
 

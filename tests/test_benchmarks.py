@@ -1,11 +1,14 @@
 """The grid from end to end on tiny data: cells, resuming, failures, the report."""
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 KEYS = {
@@ -14,15 +17,18 @@ KEYS = {
 }
 
 
-def call(script, folder, *arguments):
+def command(script, folder, *arguments):
     here = {"--work": folder / "work", "--results": folder / "d", "--attack-results": folder / "a"}
     if script == "report":
         here.pop("--work")
     else:
         arguments = ("--data", "digits", "--network", "small_cnn_digits", "--epochs", "1", *arguments)
     where = [str(part) for pair in here.items() for part in pair]
-    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *where, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return [sys.executable, str(BENCHMARKS / f"{script}.py"), *where, *arguments]
+
+
+def call(script, folder, *arguments):
+    return subprocess.run(command(script, folder, *arguments), capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +161,38 @@ def test_a_cell_of_other_settings_is_not_taken_for_today_s(grid):
     assert "delete or rename them: badnets-short-0" in ran.stderr
     assert "short" not in call("report", folder).stdout  # shown when it is named
     assert "| badnets | short | 1 |" in call("report", folder, "--only", "short").stdout
+
+
+def killed(folder, *arguments):
+    """Start the grid, and kill it when a fit was saved; the saved fit."""
+    running = subprocess.Popen(command("grid", folder, *arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        while not (saved := list((folder / "work").glob("unfinished/*/fit.ckpt"))):
+            assert running.poll() is None, running.stdout.read().decode()
+            time.sleep(0.001)
+    finally:
+        running.kill()
+        running.wait()
+    return saved[0]
+
+
+def test_a_cell_that_was_killed_goes_on_to_the_same_figures(grid, tmp_path):
+    folder, _ = grid
+    shutil.copytree(folder / "work", tmp_path / "work")
+    shutil.copytree(folder / "a", tmp_path / "a")
+    cell = ("--attacks", "badnets", "--defenses", "nad", "--seeds", "0", "--label", "short", "--set", "epochs=30")
+    path = tmp_path / "d" / "badnets-short-0.json"
+    saved = killed(tmp_path, *cell, "--save-every", "0")
+    assert not path.exists()
+    checkpoint = torch.load(saved, weights_only=True)
+    checkpoint["callbacks"]["Meter"]["passes"] += 60 * 1000  # so that the figures tell a resumed fit from a new one
+    torch.save(checkpoint, saved)
+    ran = call("grid", tmp_path, *cell)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    resumed = json.loads(path.read_text())
+    assert not list((tmp_path / "work" / "unfinished").iterdir())
+    path.unlink()
+    assert call("grid", tmp_path, *cell).returncode == 0
+    whole = json.loads(path.read_text())
+    assert resumed["passes_per_image"] == pytest.approx(whole["passes_per_image"] + 1000)
+    assert all(resumed[name] == whole[name] for name in ("acc", "asr", "ra", "der"))

@@ -1,0 +1,49 @@
+"""The fit of a cell: metered, and going on where it was killed."""
+
+import argparse
+import hashlib
+import json
+import shutil
+from datetime import timedelta
+from typing import Any
+
+from common import trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from meter import Meter, metered
+
+from nba_lightning import BackdoorDataModule, Classifier
+from nba_lightning.checkpoints import SafeCheckpointIO
+
+
+def fit(
+    args: argparse.Namespace, name: str, module: Classifier, datamodule: BackdoorDataModule, epochs: int, settings: Any
+) -> Meter:
+    """Fit ``module``, saving it every ``args.save_every`` seconds under ``args.work``, until it has ended.
+
+    Args:
+        args: what :func:`common.parser` gives.
+        name: of the cell.
+        module: what is fitted.
+        datamodule: its images.
+        epochs: how many.
+        settings: of the module and the images, as JSON. A fit that was killed goes on only if these, the network's
+            first weights, the precision and the source are the same.
+
+    Returns:
+        What it cost, the parts before it was killed included.
+    """
+    key = hashlib.sha256(json.dumps([epochs, settings, args.precision, args.data, args.source]).encode())
+    for value in module.model.state_dict().values():
+        key.update(value.cpu().numpy().tobytes())
+    folder = args.work / "unfinished" / f"{name}-{key.hexdigest()[:12]}"
+    saver = ModelCheckpoint(
+        folder, "fit", train_time_interval=timedelta(seconds=args.save_every), enable_version_counter=False
+    )
+    saved = folder / "fit.ckpt"
+    with metered(module, type(module.model)) as meter:
+        runner = trainer(
+            args, epochs, callbacks=[meter, saver], enable_checkpointing=True, plugins=[SafeCheckpointIO()]
+        )
+        runner.fit(module, datamodule, ckpt_path=saved if saved.exists() else None)
+    shutil.rmtree(folder, ignore_errors=True)
+    return meter
