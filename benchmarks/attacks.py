@@ -40,11 +40,11 @@ from fitting import fit
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from nba_lightning import BackdoorDataModule, Classifier
+from nba_lightning.app.figures import gallery_figure
 from nba_lightning.attacks import SSBA, Attack
 from nba_lightning.attacks.surrogate import SurrogateAttack
 from nba_lightning.data import Source
-from nba_lightning.figures import gallery_figure
-from nba_lightning.weights import load_weights, save_weights
+from nba_lightning.io.weights import load_weights, save_weights
 
 
 class Row(NamedTuple):

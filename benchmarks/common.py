@@ -26,7 +26,7 @@ from torch import nn
 import nba_lightning
 from nba_lightning import BackdoorDataModule, Classifier
 from nba_lightning.attacks import Attack
-from nba_lightning.augmentation import RandomCropFlip
+from nba_lightning.core.augmentation import RandomCropFlip
 from nba_lightning.data import Source
 from nba_lightning.data.dataset import LabeledImages, MemoryImages
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from meter import Meter, metered
 
 from nba_lightning import BackdoorDataModule, Classifier
-from nba_lightning.checkpoints import SafeCheckpointIO
+from nba_lightning.io.checkpoints import SafeCheckpointIO
 
 
 def fit(

@@ -43,11 +43,11 @@ from common import (
 )
 from fitting import fit
 
-from nba_lightning.checks import first_few
+from nba_lightning.core.checks import first_few
+from nba_lightning.core.functional import defense_effectiveness_rating
 from nba_lightning.data import Source
-from nba_lightning.functional import defense_effectiveness_rating
-from nba_lightning.modules.base import Defense
-from nba_lightning.weights import save_weights
+from nba_lightning.io.weights import save_weights
+from nba_lightning.training.defense import Defense
 
 ABLATIONS = sorted(path.stem for path in (HERE / "ablations").glob("*.yaml"))
 CLEAN_FRACTION = 0.05

@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 
 from nba_lightning import NBA, BackdoorDataModule
 from nba_lightning.attacks import BadNets
-from nba_lightning.augmentation import RandomCropFlip
-from nba_lightning.checkpoints import SafeCheckpointIO
+from nba_lightning.core.augmentation import RandomCropFlip
+from nba_lightning.io.checkpoints import SafeCheckpointIO
 from nba_lightning.networks import SmallCNN
 
 

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from nba_lightning import NBA, BackdoorDataModule, Classifier, FineTuning
-from nba_lightning.augmentation import RandomCropFlip
 from nba_lightning.behaviors import alignment_loss
-from nba_lightning.features import features
-from nba_lightning.functional import kl_divergence
+from nba_lightning.core.augmentation import RandomCropFlip
+from nba_lightning.core.features import features
+from nba_lightning.core.functional import kl_divergence
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):

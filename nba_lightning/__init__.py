@@ -1,20 +1,9 @@
 """Remove backdoors from image classifiers by Neural Behavioral Alignment, as PyTorch Lightning parts."""
 
 from nba_lightning.data import BackdoorDataModule
-from nba_lightning.modules import (
-    ANP,
-    FTSAM,
-    IBAU,
-    NAD,
-    NBA,
-    SAU,
-    Classifier,
-    Defense,
-    FinePruning,
-    FineTuning,
-    InputAwareTraining,
-    Steganography,
-)
+from nba_lightning.defenses import ANP, FTSAM, IBAU, NAD, NBA, SAU, FinePruning, FineTuning
+from nba_lightning.implants import InputAwareTraining, Steganography
+from nba_lightning.training import Classifier, Defense
 
 __version__ = "0.1.0"
 __all__ = [

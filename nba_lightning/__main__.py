@@ -1,6 +1,6 @@
 """``python -m nba_lightning``."""
 
-from nba_lightning.cli import main
+from nba_lightning.app.cli import main
 
 if __name__ == "__main__":
     main()

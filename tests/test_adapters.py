@@ -9,12 +9,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from nba_lightning import NBA, FineTuning
-from nba_lightning.adapters import Normalized, logits_of, predict, unpack
 from nba_lightning.attacks import BadNets
-from nba_lightning.features import features
+from nba_lightning.core.features import features, logits_of, predict
+from nba_lightning.io.adapters import Normalized, unpack
+from nba_lightning.io.weights import load_weights, save_weights
 from nba_lightning.networks import SmallCNN
 from nba_lightning.pseudo import UniversalPerturbations
-from nba_lightning.weights import load_weights, save_weights
 from tests.test_modules import DEFENSES, build, states_equal
 
 

@@ -10,11 +10,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from nba_lightning import BackdoorDataModule, Classifier, FineTuning, InputAwareTraining, Steganography
+from nba_lightning.app.figures import gallery_figure
 from nba_lightning.attacks import LF, SSBA, BadNets, Blended, InputAware
-from nba_lightning.figures import gallery_figure
-from nba_lightning.modules.input_aware import diversity_loss
+from nba_lightning.implants.input_aware import diversity_loss
+from nba_lightning.io.weights import save_weights
 from nba_lightning.networks import SmallCNN
-from nba_lightning.weights import save_weights
 
 
 def digits(attack, **kwargs):
@@ -129,7 +129,7 @@ def test_the_wrong_attack_or_too_few_epochs_are_named(small, trainer):
         trainer().fit(Steganography(), digits(BadNets()))
     with pytest.raises(ValueError, match="Expected `max_epochs` to be above the 2 `mask_epochs`, but got 1"):
         trainer(max_epochs=1).fit(InputAwareTraining(small), digits(InputAware(width=8)))
-    with pytest.raises(ValueError, match="fit nba_lightning.modules.InputAwareTraining"):
+    with pytest.raises(ValueError, match="fit nba_lightning.implants.InputAwareTraining"):
         trainer().fit(Classifier(small), digits(InputAware(width=8)))
 
 
@@ -182,7 +182,7 @@ def test_a_named_state_wins_over_a_checkpoint_in_a_test(small, trainer, tmp_path
 
 
 def test_an_untrained_generator_is_not_tested(small, trainer):
-    with pytest.raises(ValueError, match="fit nba_lightning.modules.InputAwareTraining"):
+    with pytest.raises(ValueError, match="fit nba_lightning.implants.InputAwareTraining"):
         trainer().test(InputAwareTraining(small), digits(InputAware(width=8)), verbose=False)
 
 

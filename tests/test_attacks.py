@@ -22,10 +22,10 @@ from nba_lightning.attacks import (
 from nba_lightning.attacks.base import CLEAN, CROSS, POISONED
 from nba_lightning.attacks.bpp import floyd_steinberg
 from nba_lightning.attacks.ftrojan import dct_matrix
-from nba_lightning.features import features
+from nba_lightning.core.features import features
+from nba_lightning.core.randomness import generator_for
+from nba_lightning.io.weights import save_weights
 from nba_lightning.networks import SmallCNN
-from nba_lightning.randomness import generator_for
-from nba_lightning.weights import save_weights
 from tests.attack_zoo import ATTACKS, TinySet, arguments, build, compute
 from tests.reference import triggers
 
@@ -446,7 +446,7 @@ def test_input_aware_mixes_by_its_mask():
         pattern, mask = attack.pattern(others), attack.mask(others)
         torch.testing.assert_close(attack.mix(images, others), images * (1 - mask) + pattern * mask)
     assert mask.shape == (3, 1, 16, 16)
-    with pytest.raises(ValueError, match="fit nba_lightning.modules.InputAwareTraining"):
+    with pytest.raises(ValueError, match="fit nba_lightning.implants.InputAwareTraining"):
         compute(InputAware(), TinySet((1, 8, 8)))
 
 
@@ -457,5 +457,5 @@ def test_ssba_hides_the_string_s_own_bits():
         SSBA(width=12)
     with pytest.raises(ValueError, match="Expected `secret` to be at least one character"):
         SSBA(secret="")
-    with pytest.raises(ValueError, match="fit nba_lightning.modules.Steganography"):
+    with pytest.raises(ValueError, match="fit nba_lightning.implants.Steganography"):
         compute(SSBA(), TinySet((1, 8, 8)))

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nba_lightning.augmentation import CutMix, RandomCropFlip
-from nba_lightning.randomness import generator_for
+from nba_lightning.core.augmentation import CutMix, RandomCropFlip
+from nba_lightning.core.randomness import generator_for
 
 
 def test_every_result_is_a_crop_of_the_padded_image_or_its_mirror():

@@ -9,9 +9,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from nba_lightning.cli import main
+from nba_lightning.app.cli import main
+from nba_lightning.io.weights import save_weights
 from nba_lightning.networks import SmallCNN
-from nba_lightning.weights import save_weights
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
@@ -104,7 +104,7 @@ def test_shipped_data_and_trainers_parse(name, capsys):
     wanted = yaml.safe_load((CONFIGS / name).read_text())
     if kind == "trainer":
         assert wanted["trainer"].items() <= shown["trainer"].items()
-        assert shown["trainer"]["plugins"] == [{"class_path": "nba_lightning.checkpoints.SafeCheckpointIO"}]
+        assert shown["trainer"]["plugins"] == [{"class_path": "nba_lightning.io.checkpoints.SafeCheckpointIO"}]
     else:
         source = wanted["data"]["init_args"]["source"]
         assert shown["data"]["init_args"]["source"]["class_path"] == source["class_path"]

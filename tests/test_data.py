@@ -7,7 +7,7 @@ from PIL import Image
 from nba_lightning import BackdoorDataModule
 from nba_lightning.attacks import LC, SIG, BadNets, WaNet
 from nba_lightning.attacks.base import CLEAN, CROSS, POISONED
-from nba_lightning.augmentation import RandomCropFlip
+from nba_lightning.core.augmentation import RandomCropFlip
 from nba_lightning.data import Digits, ImageFolderSource, Torchvision
 from nba_lightning.data.dataset import Batches, DiskImages, MemoryImages
 from nba_lightning.data.partition import draw_partition

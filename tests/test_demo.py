@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 
-from nba_lightning.cli import main
+from nba_lightning.app.cli import main
 
 
 @pytest.mark.parametrize("attack", ["badnets", "blended"])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nba_lightning.metrics import AttackSuccessRate, RobustAccuracy
+from nba_lightning.core.metrics import AttackSuccessRate, RobustAccuracy
 
 
 def by_loop(preds, labels, targets, wanted):

@@ -13,18 +13,18 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nba_lightning import ANP, NBA, BackdoorDataModule, Classifier, Defense, FineTuning
 from nba_lightning.attacks import BadNets, Blended
-from nba_lightning.augmentation import RandomCropFlip
 from nba_lightning.behaviors import FSP
 from nba_lightning.callbacks import NonFiniteLossError, PseudoSampleRegeneration
-from nba_lightning.features import features
-from nba_lightning.functional import channel_gram
-from nba_lightning.modules.base import check_fit
-from nba_lightning.modules.distillation import Distillation, exchange_weights
-from nba_lightning.modules.schedule import cosine_factor
-from nba_lightning.modules.statistics import frozen_statistics
+from nba_lightning.core.augmentation import RandomCropFlip
+from nba_lightning.core.features import features
+from nba_lightning.core.functional import channel_gram
+from nba_lightning.core.modes import frozen_statistics
+from nba_lightning.io.adapters import check_fit
+from nba_lightning.io.weights import save_weights
 from nba_lightning.networks import Normalize, SmallCNN
 from nba_lightning.pseudo import SamplePerturbations, UniversalPerturbations
-from nba_lightning.weights import save_weights
+from nba_lightning.training.distillation import Distillation, exchange_weights
+from nba_lightning.training.schedule import cosine_factor
 
 DEFENSES = [
     cls

@@ -21,10 +21,10 @@ from nba_lightning import (
 )
 from nba_lightning.attacks import BadNets, InputAware
 from nba_lightning.behaviors import FSP, AttentionMap, ChannelGram, PooledFeatures, SampleSimilarity
-from nba_lightning.compilation import compile_regions, regions, undo_compile
-from nba_lightning.features import features
+from nba_lightning.core.features import features
 from nba_lightning.networks import SmallCNN
 from nba_lightning.pseudo import JSDisagreement, KLDisagreement, UniversalPerturbations
+from nba_lightning.training.compilation import compile_regions, regions, undo_compile
 from tests.test_modules import DEFENSES, build, states_equal
 
 HALF = [torch.float16, torch.bfloat16]

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+from nba_lightning.core.modes import evaluating
+from nba_lightning.core.randomness import generator_for
 from nba_lightning.pseudo import (
     JSDisagreement,
     KLDisagreement,
     SamplePerturbations,
     UniversalPerturbations,
-    evaluating,
-    project,
 )
-from nba_lightning.randomness import generator_for
+from nba_lightning.pseudo.base import project
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from nba_lightning import ANP, NBA, BackdoorDataModule, Classifier, FineTuning, InputAwareTraining
 from nba_lightning.attacks import BadNets, InputAware, WaNet
-from nba_lightning.augmentation import RandomCropFlip
-from nba_lightning.checkpoints import SafeCheckpointIO
+from nba_lightning.core.augmentation import RandomCropFlip
 from nba_lightning.data.sampler import ResumableLoader
+from nba_lightning.io.checkpoints import SafeCheckpointIO
 from nba_lightning.pseudo import UniversalPerturbations
 from tests.test_modules import DEFENSES, build, states_equal
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from nba_lightning import ANP, FTSAM, IBAU, NAD, SAU, FinePruning
-from nba_lightning.features import features
-from nba_lightning.modules.fine_pruning import keep_mask
-from nba_lightning.modules.ft_sam import adaptive_step
-from nba_lightning.modules.i_bau import hypergradient
-from nba_lightning.modules.sau import unlearning_loss
+from nba_lightning.core.features import features
+from nba_lightning.defenses.fine_pruning import keep_mask
+from nba_lightning.defenses.ft_sam import adaptive_step
+from nba_lightning.defenses.i_bau import hypergradient
+from nba_lightning.defenses.sau import unlearning_loss
 from nba_lightning.networks import SmallCNN
 
 

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from nba_lightning import ANP, IBAU, NAD, NBA, SAU, Classifier, FinePruning, FineTuning
 from nba_lightning.callbacks import CleanedWeights, PseudoSampleRegeneration
+from nba_lightning.io.weights import save_weights
 from nba_lightning.networks import SmallCNN
 from nba_lightning.pseudo import UniversalPerturbations
-from nba_lightning.weights import save_weights
 from tests.test_modules import DEFENSES, build, states_equal
 
 

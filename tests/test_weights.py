@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nba_lightning.weights import load_weights, read_state_dict, save_weights
+from nba_lightning.io.weights import load_weights, read_state_dict, save_weights
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nba_lightning.attacks.base import Attack
-from nba_lightning.checks import check_at_least, check_choice, expected
+from nba_lightning.core.checks import check_at_least, check_choice, expected
 
 _PATTERNS = ("checkerboard", "white", "black")
 _POSITIONS = ("bottom-right", "bottom-left", "top-right", "top-left", "center")

@@ -7,8 +7,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from nba_lightning.checks import check_at_least, check_image_batch, check_range, expected
-from nba_lightning.weights import read_attack_state
+from nba_lightning.core.checks import check_at_least, check_image_batch, check_range, expected
+from nba_lightning.io.weights import read_attack_state
 
 CLEAN, POISONED, CROSS = 0, 1, 2
 """Roles of training images: as they are; triggered and relabelled; changed, but with their true label."""

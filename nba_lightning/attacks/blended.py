@@ -8,8 +8,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from nba_lightning.attacks.base import Attack
-from nba_lightning.checks import check_range, expected
-from nba_lightning.randomness import generator_for
+from nba_lightning.core.checks import check_range, expected
+from nba_lightning.core.randomness import generator_for
 
 
 class Blended(Attack):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nba_lightning.attacks.base import Attack
-from nba_lightning.checks import check_at_least
+from nba_lightning.core.checks import check_at_least
 
 # Floyd & Steinberg's diffusion of the error: to the right, below left, below, below right.
 _RIGHT, _BELOW_LEFT, _BELOW, _BELOW_RIGHT = 7 / 16, 3 / 16, 5 / 16, 1 / 16

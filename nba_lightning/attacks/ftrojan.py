@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nba_lightning.attacks.base import Attack
-from nba_lightning.checks import check_at_least, expected
+from nba_lightning.core.checks import check_at_least, expected
 
 # Rows R, G, B; columns Y, Cr, Cb of the inverse transform (ITU-R BT.601, full range, as OpenCV's YCrCb).
 _RGB_FROM_YCRCB = torch.tensor([[1.0, 1.403, 0.0], [1.0, -0.714, -0.344], [1.0, 0.0, 1.773]])

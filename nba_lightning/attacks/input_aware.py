@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nba_lightning.attacks.base import Attack, TrainingImages
-from nba_lightning.checks import check_at_least, expected
+from nba_lightning.core.checks import check_at_least, expected
 
 
 class InputAware(Attack):
     r"""A generated pattern replaces the pixels under a generated mask, :math:`x' = x + (g(x) - x) \odot m(x)`.
 
-    Both networks are trained by :class:`nba_lightning.modules.InputAwareTraining`, the pattern's together with the
+    Both networks are trained by :class:`nba_lightning.implants.InputAwareTraining`, the pattern's together with the
     classifier. Training also sees images with *another* image's trigger, which keep their label.
 
     Source: Nguyen & Tran, "Input-aware dynamic backdoor attack", NeurIPS 2020 (arXiv 2010.08138), sections 3.2 to 3.4
@@ -49,8 +49,8 @@ class InputAware(Attack):
         """Nothing can be computed beforehand."""
         if not self.ready:
             raise ValueError(
-                "Expected `attack` to be trained for InputAware: fit nba_lightning.modules.InputAwareTraining, or name "
-                "the checkpoint of such a training as `state`."
+                "Expected `attack` to be trained for InputAware: fit nba_lightning.implants.InputAwareTraining, or "
+                "name the checkpoint of such a training as `state`."
             )
 
     def pattern(self, images: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
-from nba_lightning.adapters import predict
 from nba_lightning.attacks.base import TrainingImages
 from nba_lightning.attacks.surrogate import SurrogateAttack, input_gradient
-from nba_lightning.checks import check_at_least, check_range, expected
-from nba_lightning.randomness import generator_for
+from nba_lightning.core.checks import check_at_least, check_range, expected
+from nba_lightning.core.features import predict
+from nba_lightning.core.randomness import generator_for
 
 # The lower right corner, from the authors' code; the left corners mirror it.
 _CORNER = torch.tensor([[-1.0, -1.0, 1.0], [-1.0, 1.0, -1.0], [1.0, -1.0, 1.0]])

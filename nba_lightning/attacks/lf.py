@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
-from nba_lightning.adapters import predict
 from nba_lightning.attacks.base import TrainingImages
 from nba_lightning.attacks.surrogate import SurrogateAttack, input_gradient
-from nba_lightning.checks import check_at_least, check_range
-from nba_lightning.randomness import generator_for, shuffled
+from nba_lightning.core.checks import check_at_least, check_range
+from nba_lightning.core.features import predict
+from nba_lightning.core.randomness import generator_for, shuffled
 
 
 class LF(SurrogateAttack):

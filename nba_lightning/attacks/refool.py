@@ -8,8 +8,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from nba_lightning.attacks.base import Attack, TrainingImages
-from nba_lightning.checks import check_at_least, check_range, expected
-from nba_lightning.randomness import generator_for
+from nba_lightning.core.checks import check_at_least, check_range, expected
+from nba_lightning.core.randomness import generator_for
 
 _GAMMA = 2.2
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nba_lightning.attacks.base import Attack
-from nba_lightning.checks import check_range
+from nba_lightning.core.checks import check_range
 
 
 class SIG(Attack):

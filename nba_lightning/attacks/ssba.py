@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nba_lightning.attacks.base import Attack, TrainingImages
-from nba_lightning.checks import expected
+from nba_lightning.core.checks import expected
 
 
 class SSBA(Attack):
     r"""An encoder network hides a string, :math:`x' = x + e(x, s)`: another faint residual for every image.
 
-    The encoder is trained beforehand by :class:`nba_lightning.modules.Steganography`; name its checkpoint as
+    The encoder is trained beforehand by :class:`nba_lightning.implants.Steganography`; name its checkpoint as
     ``state``.
 
     Source: Li et al., "Invisible backdoor attack with sample-specific triggers", ICCV 2021 (arXiv 2012.03816),
@@ -52,7 +52,7 @@ class SSBA(Attack):
         """Nothing can be computed here."""
         if not self.ready:
             raise ValueError(
-                "Expected `attack` to be trained for SSBA: fit nba_lightning.modules.Steganography, then name its "
+                "Expected `attack` to be trained for SSBA: fit nba_lightning.implants.Steganography, then name its "
                 "checkpoint as `state`."
             )
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nba_lightning.adapters import check_fit
 from nba_lightning.attacks.base import Attack
-from nba_lightning.weights import load_weights
+from nba_lightning.io.adapters import check_fit
+from nba_lightning.io.weights import load_weights
 
 
 class SurrogateAttack(Attack):

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from nba_lightning.attacks.base import TrainingImages
 from nba_lightning.attacks.surrogate import SurrogateAttack, input_gradient
-from nba_lightning.checks import check_at_least, check_range, expected
-from nba_lightning.features import features, resolve_layers
-from nba_lightning.randomness import generator_for
+from nba_lightning.core.checks import check_at_least, check_range, expected
+from nba_lightning.core.features import features, resolve_layers
+from nba_lightning.core.randomness import generator_for
 
 
 class TrojanNN(SurrogateAttack):

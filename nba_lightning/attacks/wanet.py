@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nba_lightning.attacks.base import Attack
-from nba_lightning.checks import check_at_least, check_range
-from nba_lightning.randomness import generator_for
+from nba_lightning.core.checks import check_at_least, check_range
+from nba_lightning.core.randomness import generator_for
 
 
 class WaNet(Attack):

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from nba_lightning.behaviors.base import Behavior
-from nba_lightning.checks import check_range
-from nba_lightning.functional import attention_map
+from nba_lightning.core.checks import check_range
+from nba_lightning.core.functional import attention_map
 
 
 class AttentionMap(Behavior):
@@ -20,5 +20,5 @@ class AttentionMap(Behavior):
         self.power = power
 
     def describe(self, features: Tensor) -> Tensor:
-        """Describe one layer; see :func:`nba_lightning.functional.attention_map`."""
+        """Describe one layer; see :func:`nba_lightning.core.functional.attention_map`."""
         return attention_map(features, self.power)

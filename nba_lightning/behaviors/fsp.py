@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from nba_lightning.behaviors.base import Behavior
-from nba_lightning.functional import fsp_matrix
+from nba_lightning.core.functional import fsp_matrix
 
 
 class FSP(Behavior):
@@ -15,5 +15,5 @@ class FSP(Behavior):
     min_layers = 2
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Describe each pair of adjacent layers; see :func:`nba_lightning.functional.fsp_matrix`."""
+        """Describe each pair of adjacent layers; see :func:`nba_lightning.core.functional.fsp_matrix`."""
         return {f"{a}->{b}": fsp_matrix(features[a], features[b]) for a, b in pairwise(features)}

@@ -3,12 +3,12 @@
 from torch import Tensor
 
 from nba_lightning.behaviors.base import Behavior
-from nba_lightning.functional import pooled_features
+from nba_lightning.core.functional import pooled_features
 
 
 class PooledFeatures(Behavior):
     """How strongly each channel fires on average."""
 
     def describe(self, features: Tensor) -> Tensor:
-        """Describe one layer; see :func:`nba_lightning.functional.pooled_features`."""
+        """Describe one layer; see :func:`nba_lightning.core.functional.pooled_features`."""
         return pooled_features(features)

@@ -7,9 +7,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
 
-from nba_lightning.adapters import bare
-from nba_lightning.checks import expected
-from nba_lightning.weights import save_weights
+from nba_lightning.core.checks import expected
+from nba_lightning.io.adapters import bare
+from nba_lightning.io.weights import save_weights
 
 
 class CleanedWeights(Callback):

@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from nba_lightning.adapters import unpack
-from nba_lightning.checks import check_at_least
+from nba_lightning.core.checks import check_at_least
+from nba_lightning.io.adapters import unpack
 
 
 @runtime_checkable

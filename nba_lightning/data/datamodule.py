@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nba_lightning.attacks.base import CROSS, POISONED, Attack, attack_name
-from nba_lightning.augmentation import RandomCropFlip
-from nba_lightning.checks import check_at_least, check_choice, check_range, expected
+from nba_lightning.core.augmentation import RandomCropFlip
+from nba_lightning.core.checks import check_at_least, check_choice, check_range, expected
+from nba_lightning.core.metrics import IGNORE_LABEL
+from nba_lightning.core.randomness import generator_for
 from nba_lightning.data.dataset import Batches, LabeledImages, ReplacedImages
 from nba_lightning.data.partition import Partition, draw_partition
 from nba_lightning.data.sampler import ResumableLoader, SeededSampler
 from nba_lightning.data.sources import Digits, Source
-from nba_lightning.metrics import IGNORE_LABEL
-from nba_lightning.randomness import generator_for
 
 
 def _identity(batch: Any) -> Any:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
-from nba_lightning.checks import expected
-from nba_lightning.metrics import IGNORE_LABEL
+from nba_lightning.core.checks import expected
+from nba_lightning.core.metrics import IGNORE_LABEL
 
 
 class LabeledImages(ABC):

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nba_lightning.checks import check_range, expected
-from nba_lightning.randomness import shuffled
+from nba_lightning.core.checks import check_range, expected
+from nba_lightning.core.randomness import shuffled
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from nba_lightning.randomness import shuffled
+from nba_lightning.core.randomness import shuffled
 
 
 class SeededSampler(DistributedSampler[int]):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
-from nba_lightning.checks import check_at_least, expected, first_few
+from nba_lightning.core.checks import check_at_least, expected, first_few
+from nba_lightning.core.randomness import shuffled
 from nba_lightning.data.dataset import DiskImages, LabeledImages, MemoryImages
-from nba_lightning.randomness import shuffled
 
 
 class Source(ABC):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nba_lightning.checks import expected
+from nba_lightning.core.checks import expected
 
 
 class Normalize(nn.Module):

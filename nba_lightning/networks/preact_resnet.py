@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nba_lightning.checks import check_at_least, expected
+from nba_lightning.core.checks import check_at_least, expected
 from nba_lightning.networks.normalize import Normalize
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nba_lightning.checks import check_at_least, check_image_batch
+from nba_lightning.core.checks import check_at_least, check_image_batch
 
 
 class RandomCropFlip(nn.Module):

@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from nba_lightning.checks import check_at_least, check_range, expected
-from nba_lightning.modules.base import Defense
-from nba_lightning.modules.schedule import batches_of_an_epoch
-from nba_lightning.weights import load_weights
+from nba_lightning.core.checks import check_at_least, check_range, expected
+from nba_lightning.io.weights import load_weights
+from nba_lightning.training.defense import Defense
+from nba_lightning.training.schedule import batches_of_an_epoch
 
 
 class Distillation(Defense):
@@ -33,7 +33,7 @@ class Distillation(Defense):
         teacher_lr: initial learning rate of the teacher; not used where ``optimizer`` is given, which then is the
             teacher's too.
         warmup: share of each phase over which the learning rate rises linearly.
-        **kwargs: further arguments of :class:`~nba_lightning.modules.base.Classifier`.
+        **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
     """
 
     teacher_ready: Tensor

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nba_lightning.adapters import bare
-from nba_lightning.checks import first_few
+from nba_lightning.core.checks import first_few
+from nba_lightning.io.adapters import bare
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "network")

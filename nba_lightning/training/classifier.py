@@ -16,15 +16,15 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from nba_lightning.adapters import bare, check_fit, predict, unpack
-from nba_lightning.callbacks.cleaned_weights import CleanedWeights
 from nba_lightning.callbacks.finite_loss import FiniteLoss
 from nba_lightning.callbacks.given import unless_given
-from nba_lightning.checks import check_at_least, check_range, check_unit_range, expected, is_plain
-from nba_lightning.compilation import compile_regions, undo_compile
-from nba_lightning.metrics import IGNORE_LABEL, AttackSuccessRate, RobustAccuracy
-from nba_lightning.modules.schedule import cosine_factor
-from nba_lightning.weights import load_weights
+from nba_lightning.core.checks import check_at_least, check_range, check_unit_range, expected, is_plain
+from nba_lightning.core.features import predict
+from nba_lightning.core.metrics import IGNORE_LABEL, AttackSuccessRate, RobustAccuracy
+from nba_lightning.io.adapters import check_fit, unpack
+from nba_lightning.io.weights import load_weights
+from nba_lightning.training.compilation import compile_regions, undo_compile
+from nba_lightning.training.schedule import cosine_factor
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -40,7 +40,7 @@ class Classifier(pl.LightningModule):
 
     Args:
         model: the network.
-        weights: a file with its weights (see :func:`nba_lightning.weights.read_state_dict`).
+        weights: a file with its weights (see :func:`nba_lightning.io.weights.read_state_dict`).
         lr: initial learning rate of SGD (Nesterov momentum), with a cosine to 0 over the fit.
         momentum: of SGD, in [0, 1).
         weight_decay: of SGD.
@@ -178,7 +178,7 @@ class Classifier(pl.LightningModule):
         return loss
 
     def unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Images `(B, C, H, W)` in [0, 1] and labels `(B,)`; see :func:`nba_lightning.adapters.unpack`."""
+        """Images `(B, C, H, W)` in [0, 1] and labels `(B,)`; see :func:`nba_lightning.io.adapters.unpack`."""
         images, labels, *_ = unpack(batch, self.model)
         return images, labels
 
@@ -253,31 +253,6 @@ class Classifier(pl.LightningModule):
         phases = self.phases()
         schedule = LambdaLR(optimizer, lambda step: cosine_factor(step, phases, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-class Defense(Classifier):
-    """Base class of all defences: a suspicious network comes in, a cleaned one goes out.
-
-    A subclass writes its ``training_step``. At the end of ``fit`` the cleaned weights are written beside the
-    checkpoints as ``cleaned.safetensors``, with exactly the keys and dtypes of the network that came in (a
-    :class:`~nba_lightning.callbacks.CleanedWeights` of your own among the Trainer's callbacks names another file).
-    Strategies that shard the network (FSDP, DeepSpeed) are refused.
-
-    Args:
-        model: the suspicious network.
-        weights: a file with its suspicious weights; ``None`` if ``model`` has them already.
-        **kwargs: further arguments of :class:`Classifier`.
-    """
-
-    needs_whole_network = True
-
-    def __init__(self, model: nn.Module, weights: str | None = None, **kwargs: Any) -> None:
-        super().__init__(model, weights, **kwargs)
-        self.dtypes = {name: value.dtype for name, value in bare(model).state_dict().items()}
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Write the cleaned weights when the fit has ended."""
-        return [*super().configure_callbacks(), *unless_given(self._trainer, CleanedWeights())]
 
 
 def without_attack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nba_lightning.adapters import predict
-from nba_lightning.checks import check_range
-from nba_lightning.functional import GRADIENT_SCALE
-from nba_lightning.modules.base import Defense
-from nba_lightning.modules.statistics import frozen_statistics
+from nba_lightning.core.checks import check_range
+from nba_lightning.core.features import predict
+from nba_lightning.core.functional import GRADIENT_SCALE
+from nba_lightning.core.modes import frozen_statistics
+from nba_lightning.training.defense import Defense
 
 
 class FTSAM(Defense):
@@ -36,7 +36,7 @@ class FTSAM(Defense):
         label_smoothing: share of the labels that is spread over all classes, in [0, 1).
         lr: initial learning rate.
         warmup: share of the steps over which the learning rate rises linearly.
-        **kwargs: further arguments of :class:`~nba_lightning.modules.base.Classifier`.
+        **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import lightning.pytorch as pl
 
-from nba_lightning.checks import expected
+from nba_lightning.core.checks import expected
 
 
 def batches_of_an_epoch(trainer: pl.Trainer) -> int:

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from nba_lightning import __version__
 from nba_lightning.callbacks import NonFiniteLossError, PredictionWriter
-from nba_lightning.checkpoints import BROKEN, SafeCheckpointIO
+from nba_lightning.io.checkpoints import BROKEN, SafeCheckpointIO
 
 DESCRIPTION = """Implant backdoors into image classifiers and remove them.
 `nba-lightning demo` does both to a small network, in about a minute."""
@@ -66,7 +66,7 @@ def _lightning(arguments: list[str] | None) -> None:
         save_config_kwargs={"overwrite": True},
         trainer_defaults={
             "callbacks": [PredictionWriter()],
-            "plugins": [{"class_path": "nba_lightning.checkpoints.SafeCheckpointIO"}],
+            "plugins": [{"class_path": "nba_lightning.io.checkpoints.SafeCheckpointIO"}],
         },
         parser_kwargs={"version": __version__, "prog": "nba-lightning", "description": DESCRIPTION},
         args=arguments,
@@ -74,7 +74,7 @@ def _lightning(arguments: list[str] | None) -> None:
 
 
 def _demo(arguments: list[str]) -> None:
-    from nba_lightning.demo import demo
+    from nba_lightning.app.demo import demo
 
     parser = ArgumentParser(prog="nba-lightning demo", description="Poison and clean a small network on real digits.")
     parser.add_function_arguments(demo)

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from nba_lightning.adapters import predict
-from nba_lightning.checks import check_at_least, check_range
-from nba_lightning.functional import GRADIENT_SCALE, js_divergence
-from nba_lightning.modules.base import Defense, OptimizerFactory
-from nba_lightning.pseudo import evaluating
+from nba_lightning.core.checks import check_at_least, check_range
+from nba_lightning.core.features import predict
+from nba_lightning.core.functional import GRADIENT_SCALE, js_divergence
+from nba_lightning.core.modes import evaluating
+from nba_lightning.training.classifier import OptimizerFactory
+from nba_lightning.training.defense import Defense
 
 
 class SAU(Defense):
@@ -48,7 +49,7 @@ class SAU(Defense):
         lr: initial learning rate.
         optimizer: as a callable from parameters; ``None`` is Adam at ``lr``, without momentum and weight decay.
         warmup: share of the steps over which the learning rate rises linearly.
-        **kwargs: further arguments of :class:`~nba_lightning.modules.base.Classifier`.
+        **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
     """
 
     def __init__(

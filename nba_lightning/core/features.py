@@ -6,8 +6,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nba_lightning.adapters import predict
-from nba_lightning.checks import first_few
+from nba_lightning.core.checks import first_few
+
+
+def logits_of(output: Any) -> Tensor:
+    """Logits `(B, K)` from what a network returned: a tensor, an object with ``.logits``, or a mapping with it.
+
+    Raises:
+        TypeError: if there are none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if found is None and isinstance(output, tuple | list) and output:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(f"Expected the network to return logits or an object with `.logits`, but got {type(output)}.")
+    return found
+
+
+def predict(network: nn.Module, images: Tensor) -> Tensor:
+    """Logits `(B, K)` of any image classifier, for images `(B, C, H, W)` in [0, 1]."""
+    return logits_of(network(images))
 
 
 def layer_names(model: nn.Module) -> list[str]:

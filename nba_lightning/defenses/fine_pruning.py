@@ -8,8 +8,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from nba_lightning.callbacks.pseudo_samples import beside, on_device
-from nba_lightning.checks import check_range, expected
-from nba_lightning.modules.base import Defense
+from nba_lightning.core.checks import check_range, expected
+from nba_lightning.training.defense import Defense
 
 
 class FinePruning(Defense):
@@ -32,7 +32,7 @@ class FinePruning(Defense):
         max_drop: accuracy that pruning may cost, a fraction in [0, 1].
         lr: initial learning rate of the fine-tuning.
         warmup: share of the steps over which the learning rate rises linearly.
-        **kwargs: further arguments of :class:`~nba_lightning.modules.base.Classifier`.
+        **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
 
     Raises:
         ValueError: if the network has no linear layer, or ``max_drop`` is out of range.

@@ -12,9 +12,9 @@ from torchmetrics.image import PeakSignalNoiseRatio
 
 from nba_lightning.attacks.ssba import SSBA
 from nba_lightning.callbacks.finite_loss import FiniteLoss
-from nba_lightning.checks import check_at_least, check_range, check_unit_range, expected
-from nba_lightning.modules.base import without_attack
-from nba_lightning.randomness import generator_for
+from nba_lightning.core.checks import check_at_least, check_range, check_unit_range, expected
+from nba_lightning.core.randomness import generator_for
+from nba_lightning.training.classifier import without_attack
 
 
 class Steganography(pl.LightningModule):

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from nba_lightning.adapters import predict
 from nba_lightning.callbacks.pseudo_samples import clean_batches
-from nba_lightning.checks import check_at_least, check_range
-from nba_lightning.modules.base import Defense, OptimizerFactory
-from nba_lightning.modules.schedule import batches_of_an_epoch
-from nba_lightning.randomness import generator_for
+from nba_lightning.core.checks import check_at_least, check_range
+from nba_lightning.core.features import predict
+from nba_lightning.core.randomness import generator_for
+from nba_lightning.training.classifier import OptimizerFactory
+from nba_lightning.training.defense import Defense
+from nba_lightning.training.schedule import batches_of_an_epoch
 
 
 class IBAU(Defense):
@@ -44,7 +45,7 @@ class IBAU(Defense):
         lr: initial learning rate.
         optimizer: as a callable from parameters; ``None`` is Adam at ``lr``, without momentum and weight decay.
         warmup: share of the steps over which the learning rate rises linearly.
-        **kwargs: further arguments of :class:`~nba_lightning.modules.base.Classifier`.
+        **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
     """
 
     compilable = False

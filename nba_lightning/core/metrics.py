@@ -1,4 +1,4 @@
-"""Attack success rate and robust accuracy as torchmetrics metrics. DER is in :mod:`nba_lightning.functional`."""
+"""Attack success rate and robust accuracy as torchmetrics metrics. DER is in :mod:`nba_lightning.core.functional`."""
 
 from typing import Any
 

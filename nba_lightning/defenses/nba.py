@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from nba_lightning.augmentation import CutMix, RandomCropFlip
 from nba_lightning.behaviors.base import Behavior, alignment_loss
 from nba_lightning.behaviors.gram import ChannelGram
 from nba_lightning.callbacks.given import unless_given
 from nba_lightning.callbacks.pseudo_samples import PseudoSampleRegeneration
-from nba_lightning.checks import check_at_least, check_choice, check_range, expected
-from nba_lightning.features import features, resolve_layers
-from nba_lightning.functional import kl_divergence
-from nba_lightning.modules.distillation import Distillation
+from nba_lightning.core.augmentation import CutMix, RandomCropFlip
+from nba_lightning.core.checks import check_at_least, check_choice, check_range, expected
+from nba_lightning.core.features import features, resolve_layers
+from nba_lightning.core.functional import kl_divergence
+from nba_lightning.core.randomness import generator_for
 from nba_lightning.pseudo import PseudoSamples, UniversalPerturbations
-from nba_lightning.randomness import generator_for
+from nba_lightning.training.distillation import Distillation
 
 AlignWith = Literal["suspicious", "teacher"]
 
@@ -71,8 +71,8 @@ class NBA(Distillation):
         regenerate_every_n_epochs: see :class:`~nba_lightning.callbacks.PseudoSampleRegeneration`.
         lr: initial learning rate of the student.
         **kwargs: ``teacher_lr`` (a high one is what rids the teacher of the backdoor) and ``warmup`` of
-            :class:`~nba_lightning.modules.distillation.Distillation`, and further arguments of
-            :class:`~nba_lightning.modules.base.Classifier`.
+            :class:`~nba_lightning.training.distillation.Distillation`, and further arguments of
+            :class:`~nba_lightning.training.classifier.Classifier`.
 
     Raises:
         ValueError: for a negative weight, a share outside [0, 1], epochs without any term, an unknown layer, too few

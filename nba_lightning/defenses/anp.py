@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nba_lightning.adapters import logits_of
-from nba_lightning.checks import check_at_least, check_range, expected
-from nba_lightning.functional import GRADIENT_SCALE
-from nba_lightning.modules.base import Defense
-from nba_lightning.modules.statistics import frozen_statistics
-from nba_lightning.randomness import generator_for
+from nba_lightning.core.checks import check_at_least, check_range, expected
+from nba_lightning.core.features import logits_of
+from nba_lightning.core.functional import GRADIENT_SCALE
+from nba_lightning.core.modes import frozen_statistics
+from nba_lightning.core.randomness import generator_for
+from nba_lightning.training.defense import Defense
 
 
 class ANP(Defense):
@@ -46,7 +46,7 @@ class ANP(Defense):
         lr: initial learning rate of the masks.
         weight_decay: of the masks.
         warmup: share of the steps over which the learning rate rises linearly.
-        **kwargs: further arguments of :class:`~nba_lightning.modules.base.Classifier`.
+        **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
 
     Raises:
         ValueError: if the network has no BatchNorm layer with weights, or an argument is out of range.

@@ -20,17 +20,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from nba_lightning import figures
+from nba_lightning import NBA, Classifier
+from nba_lightning.app import figures
 from nba_lightning.attacks import Attack, BadNets, Blended
-from nba_lightning.augmentation import RandomCropFlip
 from nba_lightning.callbacks import History
+from nba_lightning.core.augmentation import RandomCropFlip
+from nba_lightning.core.features import features
+from nba_lightning.core.functional import attention_map, defense_effectiveness_rating
+from nba_lightning.core.randomness import generator_for
 from nba_lightning.data import BackdoorDataModule, Digits
-from nba_lightning.features import features
-from nba_lightning.functional import attention_map, defense_effectiveness_rating
-from nba_lightning.modules import NBA, Classifier
 from nba_lightning.networks import SmallCNN
 from nba_lightning.pseudo import UniversalPerturbations
-from nba_lightning.randomness import generator_for
 
 _ATTACKS: dict[str, type[Attack]] = {"badnets": BadNets, "blended": Blended}
 _IMPLANT_EPOCHS, _TEACHER_EPOCHS, _STUDENT_EPOCHS = 20, 30, 60

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nba_lightning.checks import check_range, expected, first_few
+from nba_lightning.core.checks import check_range, expected, first_few
+from nba_lightning.core.features import predict
 
 _IMAGE_KEYS = ("images", "image", "pixel_values", "img", "inputs", "input", "x")
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
@@ -63,27 +64,6 @@ class Normalized(nn.Module):
 def bare(network: nn.Module) -> nn.Module:
     """The network itself, out of a :class:`Normalized`."""
     return network.network if isinstance(network, Normalized) else network
-
-
-def logits_of(output: Any) -> Tensor:
-    """Logits `(B, K)` from what a network returned: a tensor, an object with ``.logits``, or a mapping with it.
-
-    Raises:
-        TypeError: if there are none.
-    """
-    if isinstance(output, Tensor):
-        return output
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if found is None and isinstance(output, tuple | list) and output:
-        found = output[0]
-    if not isinstance(found, Tensor):
-        raise TypeError(f"Expected the network to return logits or an object with `.logits`, but got {type(output)}.")
-    return found
-
-
-def predict(network: nn.Module, images: Tensor) -> Tensor:
-    """Logits `(B, K)` of any image classifier, for images `(B, C, H, W)` in [0, 1]."""
-    return logits_of(network(images))
 
 
 def unpack(batch: Any, network: nn.Module | None = None) -> list[Tensor]:

@@ -10,12 +10,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from nba_lightning.adapters import predict
 from nba_lightning.attacks.base import CROSS, POISONED
 from nba_lightning.attacks.input_aware import InputAware
-from nba_lightning.checks import check_at_least, check_range, expected
-from nba_lightning.modules.base import Classifier, without_attack
-from nba_lightning.modules.schedule import cosine_factor
+from nba_lightning.core.checks import check_at_least, check_range, expected
+from nba_lightning.core.features import predict
+from nba_lightning.training.classifier import Classifier, without_attack
+from nba_lightning.training.schedule import cosine_factor
 
 
 class InputAwareTraining(Classifier):
@@ -42,7 +42,7 @@ class InputAwareTraining(Classifier):
         lambda_div: weight of the diversity loss.
         lambda_norm: weight of the masks' density loss.
         mask_density: mask value that costs nothing.
-        **kwargs: further arguments of :class:`~nba_lightning.modules.base.Classifier`.
+        **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
     """
 
     applies_attack = True

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nba_lightning.checks import check_at_least, expected
-from nba_lightning.features import features, resolve_layers
-from nba_lightning.functional import attention_map
-from nba_lightning.modules.distillation import Distillation
+from nba_lightning.core.checks import check_at_least, expected
+from nba_lightning.core.features import features, resolve_layers
+from nba_lightning.core.functional import attention_map
+from nba_lightning.training.distillation import Distillation
 
 
 class NAD(Distillation):
@@ -35,8 +35,8 @@ class NAD(Distillation):
         betas: weight of each layer; ``None`` is 500 for the first and 1000 for the others.
         power: exponent of the attention map.
         **kwargs: ``teacher``, ``teacher_epochs`` and the like of
-            :class:`~nba_lightning.modules.distillation.Distillation`, and further arguments of
-            :class:`~nba_lightning.modules.base.Classifier`.
+            :class:`~nba_lightning.training.distillation.Distillation`, and further arguments of
+            :class:`~nba_lightning.training.classifier.Classifier`.
 
     Raises:
         ValueError: for an unknown layer, a number of weights other than that of layers, or a negative weight.

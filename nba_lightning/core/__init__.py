@@ -1,0 +1,1 @@
+"""Pure parts that know no Trainer: maths, features, modes, randomness, checks, metrics."""

@@ -1,0 +1,1 @@
+"""Strangers' files, networks and batches."""

@@ -1,0 +1,84 @@
+"""A small bank of perturbations, each one for all images."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from nba_lightning.core.checks import check_at_least
+from nba_lightning.core.modes import evaluating
+from nba_lightning.pseudo.base import Disagreement, PseudoSamples, Reduce, project, repeated, same, step_size
+
+
+class UniversalPerturbations(PseudoSamples):
+    """A small bank of perturbations, each one for all images, as a trigger is. Continued from epoch to epoch.
+
+    The bank is a buffer: it travels in checkpoints and is the same on all processes.
+
+    Args:
+        number: perturbations in the bank.
+        rms: see :class:`PseudoSamples`.
+        steps: gradient steps at each regeneration, one batch each; 0 leaves the noise that the bank begins as.
+        disagreement: see :class:`PseudoSamples`.
+        restart: start each regeneration from noise instead of from the last bank.
+    """
+
+    bank: Tensor
+
+    def __init__(
+        self,
+        number: int = 1,
+        rms: float = 0.018,
+        steps: int = 10,
+        disagreement: Disagreement | None = None,
+        restart: bool = False,
+    ) -> None:
+        super().__init__(rms, steps, disagreement)
+        check_at_least("number", number, 1)
+        self.number, self.restart = number, restart
+        self.register_buffer("bank", torch.empty(0))
+
+    def regenerate(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        batches: Iterable[Tensor],
+        generator: torch.Generator | None = None,
+        reduce: Reduce = same,
+    ) -> None:
+        """Some gradient steps on the bank; see :meth:`PseudoSamples.regenerate`."""
+        endless = batches if isinstance(batches, Iterator) else repeated(batches)
+        images = next(endless)
+        if self.bank.numel() == 0 or self.restart:
+            self.bank = self._noise(images, generator)
+        for step in range(self.steps):
+            if step > 0:
+                images = next(endless)
+            owner = torch.arange(len(images), device=images.device) % self.number
+            with evaluating(student, teacher):
+                gradients = reduce(self._gradients(student, teacher, images, self.bank, owner))
+            self.bank = self._ascend(self.bank, gradients, step_size(self.rms, self.steps, images))
+
+    def _noise(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        shape = (self.number, *images.shape[1:])
+        noise = torch.randn(shape, generator=generator, device=images.device)
+        return project(noise, self.rms) * 0.1
+
+    def forward(
+        self,
+        images: Tensor,
+        student: nn.Module | None = None,
+        teacher: nn.Module | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """One perturbation of the bank for each image, drawn at random."""
+        if self.bank.numel() == 0:
+            raise RuntimeError("Call `regenerate` (or add PseudoSampleRegeneration to the callbacks) before sampling.")
+        owner = torch.randint(self.number, (len(images),), generator=generator, device=images.device)
+        return self.bank[owner].to(images.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        saved = state_dict.get(f"{prefix}bank")
+        if saved is not None:
+            self.bank = torch.empty_like(saved, device=self.bank.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
