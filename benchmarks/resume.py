@@ -2,12 +2,14 @@
 
     python benchmarks/resume.py --points 20
 
-NBA on scikit-learn's digits, teacher and student, a checkpoint every third step. Each point is a moment drawn at random
-from the time that the uninterrupted fit takes, so it may lie in a step, in crafting, or in writing a checkpoint. The
-fit is then started again with ``ckpt_path="last"`` until it ends. CPU, bit by bit.
+NBA on scikit-learn's digits: a fit of the teacher, then one of the student, a checkpoint every third step of each.
+Each point is a moment drawn at random from the time that the uninterrupted chain takes, so it may lie in a step, in
+crafting, in writing a checkpoint or between the fits. The chain is then started again; each fit goes on with
+``ckpt_path="last"``, and one that had ended is loaded. CPU, bit by bit.
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -26,55 +28,44 @@ from common import quiet
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
-from nba_lightning import NBA, BackdoorDataModule
+from nba_lightning import NBA, BackdoorDataModule, Defense, FineTuning
 from nba_lightning.attacks import BadNets
+from nba_lightning.callbacks import CleanedWeights
 from nba_lightning.core.augmentation import RandomCropFlip
 from nba_lightning.io.checkpoints import SafeCheckpointIO
 from nba_lightning.networks import SmallCNN
 
 
-class Killer(pl.Callback):
-    """SIGKILL after some seconds of training."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
-
-
-class Clock(pl.Callback):
-    """Write down how long training took."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.start = time.perf_counter()
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        (self.folder / "seconds").write_text(str(time.perf_counter() - self.start))
-
-
-def child(folder: Path, kill: float | None) -> None:
-    """One fit, which goes on from the last checkpoint in ``folder`` if there is one."""
-    quiet()
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    module = NBA(SmallCNN(width=4, in_channels=1), teacher_epochs=3)
+def fit(module: Defense, folder: Path, epochs: int) -> Defense:
+    """One link of the chain, which goes on from the last checkpoint in ``folder`` if there is one."""
     data = BackdoorDataModule(attack=BadNets(), train_on="clean", batch_size=10, augment=RandomCropFlip(1))
     saver = ModelCheckpoint(folder, save_last=True, every_n_train_steps=3, enable_version_counter=False)
     runner = pl.Trainer(
-        max_epochs=12,
+        max_epochs=epochs,
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
         plugins=[SafeCheckpointIO()],
-        callbacks=[saver, Clock(folder), *([] if kill is None else [Killer(kill)])],
+        callbacks=[saver, CleanedWeights(str(folder / "cleaned.safetensors"))],
     )
     runner.fit(module, data, ckpt_path="last")
+    return module
+
+
+def child(folder: Path, kill: float | None) -> None:
+    """The chain: a teacher, then the student."""
+    quiet()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    if kill is not None:
+        threading.Timer(kill, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    network = SmallCNN(width=4, in_channels=1)
+    teacher = fit(FineTuning(copy.deepcopy(network)), folder / "teacher", 3)
+    fit(NBA(network, teacher=teacher), folder / "student", 9)
+    (folder / "seconds").write_text(str(time.perf_counter() - start))
 
 
 def run(folder: Path, kill: float | None = None) -> int:
@@ -103,20 +94,19 @@ def main() -> None:
     with TemporaryDirectory() as name:
         root = Path(name)
         run(root / "whole")
-        whole = load_file(root / "whole" / "cleaned.safetensors")
+        whole = load_file(root / "whole" / "student" / "cleaned.safetensors")
         seconds = float((root / "whole" / "seconds").read_text())
         for index in range(args.points):
             folder = root / str(index)
             while run(folder, moments.uniform(0, seconds)) == 0:  # it was faster this time: not killed at all
                 folder = folder.with_name(folder.name + "again")
-            saved = torch.load(folder / "last.ckpt", weights_only=True) if (folder / "last.ckpt").exists() else {}
+            saved = [folder / link / "last.ckpt" for link in ("teacher", "student")]
+            steps = [torch.load(path, weights_only=True)["global_step"] if path.exists() else 0 for path in saved]
             run(folder)
-            found = load_file(folder / "cleaned.safetensors")
+            found = load_file(folder / "student" / "cleaned.safetensors")
             same = found.keys() == whole.keys() and all(torch.equal(value, found[key]) for key, value in whole.items())
-            points.append({"resumed_from_step": saved.get("global_step", 0), "same": same})
-            print(
-                f"point {index}: resumed from step {points[-1]['resumed_from_step']}, same weights: {same}", flush=True
-            )
+            points.append({"resumed_from_steps": steps, "same": same})
+            print(f"point {index}: resumed from steps {steps} (teacher, student), same weights: {same}", flush=True)
     result = {
         "points": points,
         "same": sum(point["same"] for point in points),

@@ -60,7 +60,7 @@ def test_evaluation_counts_every_sample_once(world_size):
     data = Batches(MemoryImages(torch.zeros(10, 1, 2, 2).byte(), torch.arange(10)), torch.arange(10))
     shares = [list(SeededSampler(data, False, 0, rank, world_size)) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
-    labels = torch.cat([data.__getitems__(share)[1] for share in shares])
+    labels = torch.cat([data.__getitems__(share).labels for share in shares])
     assert sorted(labels[labels >= 0].tolist()) == list(range(10))
 
 
@@ -88,48 +88,43 @@ def test_digits_are_real_and_split_by_class():
 
 
 class Attached:
-    """As much of a Trainer as the DataModule looks at."""
+    """What the data module asks of a Trainer."""
 
-    global_rank, world_size, current_epoch, lightning_module = 0, 1, 0, None
-
+    global_rank, world_size = 0, 1
     strategy = type("Strategy", (), {"root_device": torch.device("cpu")})
     precision_plugin = Precision()
-
-    def __init__(self, training):
-        self.training = training
-        inner = type("Inner", (), {"batch_idx": 0})
-        self.fit_loop = type("Loop", (), {"epoch_loop": inner, "restarted_mid_epoch": False})
+    fit_loop = type("Loop", (), {"restarted_mid_epoch": False})
 
 
 def test_training_batches_are_poisoned_on_the_device():
     data = BackdoorDataModule(attack=BadNets(pattern="white", target=4), batch_size=256)
     data.setup("fit")
-    data.trainer = Attached(training=True)
+    data.trainer = Attached()
     raw = next(iter(data.train_dataloader()))
     images, labels = data.on_after_batch_transfer(raw, 0)
-    poisoned = raw[2] == POISONED
+    poisoned = raw.roles == POISONED
     assert 10 < int(poisoned.sum()) < 50
     assert (images[poisoned][:, :, -3:, -3:] == 1).all()
     assert (labels[poisoned] == 4).all()
-    torch.testing.assert_close(images[~poisoned], raw[0][~poisoned].float() / 255)
-    assert torch.equal(labels[~poisoned], raw[1][~poisoned])
+    torch.testing.assert_close(images[~poisoned], raw.images[~poisoned].float() / 255)
+    assert torch.equal(labels[~poisoned], raw.labels[~poisoned])
 
 
 def test_clean_training_sees_no_poison_and_augments_the_same_again():
     data = BackdoorDataModule(attack=BadNets(), train_on="clean", batch_size=16, augment=RandomCropFlip(1))
     data.setup("fit")
-    data.trainer = Attached(training=True)
+    data.trainer = Attached()
     raw = next(iter(data.train_dataloader()))
-    assert len(raw) == 2
-    first, second = (data.on_after_batch_transfer(raw, 0)[0] for _ in range(2))
+    assert raw.roles is None
+    first, second = (data.on_after_batch_transfer(raw, 0).images for _ in range(2))
     torch.testing.assert_close(first, second)
-    assert not torch.equal(first, raw[0].float() / 255)
+    assert not torch.equal(first, raw.images.float() / 255)
 
 
 def test_triggered_evaluation_leaves_the_target_out():
     data = BackdoorDataModule(attack=BadNets(target=4), augment=RandomCropFlip(1))
     data.setup("test")
-    data.trainer = Attached(training=False)
+    data.trainer = Attached()
     clean, triggered = data.test_dataloader()
     images, labels, targets = data.on_after_batch_transfer(next(iter(triggered)), 1)
     assert (labels != 4).all()
@@ -151,14 +146,14 @@ def test_without_an_attack_there_is_one_evaluation_loader():
 def test_all_to_all_evaluates_every_class():
     data = BackdoorDataModule(attack=BadNets(all_to_all=True))
     data.setup("test")
-    (labels,) = (batch[1] for batch in data.test_dataloader()[1])
+    (labels,) = (batch.labels for batch in data.test_dataloader()[1])
     assert len(labels.unique()) == 10
 
 
 def test_bad_arguments_of_the_datamodule():
     with pytest.raises(ValueError, match="`batch_size` to be at most the 6. training images"):
         BackdoorDataModule(train_on="clean", batch_size=128).setup("fit")
-    with pytest.raises(ValueError, match="Expected `train_on` to be one of clean, poisoned, but got 'dirty'"):
+    with pytest.raises(ValueError, match="Expected `train_on` to be one of clean, poisoned, untriggered, but"):
         BackdoorDataModule(train_on="dirty")
     with pytest.raises(ValueError, match=r"`clean_fraction` to be in \(0, 1\], but got 0"):
         BackdoorDataModule(clean_fraction=0)
@@ -188,7 +183,9 @@ def test_workers_read_the_same_batches_as_memory(image_folder):
         )
         data.setup("fit")
         batches.append(list(data.train_dataloader()))
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(*batches, strict=True))
+    assert all(
+        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in zip(*batches, strict=True)
+    )
 
 
 def test_image_folders_that_do_not_fit_are_named(image_folder):
@@ -245,12 +242,12 @@ def test_torchvision_errors(tmp_path):
 def test_cross_images_keep_their_labels_and_nobody_defends_with_them():
     data = BackdoorDataModule(attack=WaNet(target=4), batch_size=1000)
     data.setup("fit")
-    data.trainer = Attached(training=True)
+    data.trainer = Attached()
     raw = next(iter(data.train_dataloader()))
     images, labels = data.on_after_batch_transfer(raw, 0)
-    plain, roles = raw[0].float() / 255, raw[2]
+    plain, roles = raw.images.float() / 255, raw.roles
     assert 1.7 < (roles == CROSS).sum() / (roles == POISONED).sum() < 2.3
-    assert torch.equal(labels[roles == CROSS], raw[1][roles == CROSS])
+    assert torch.equal(labels[roles == CROSS], raw.labels[roles == CROSS])
     assert (labels[roles == POISONED] == 4).all()
     assert torch.equal(images[roles == CLEAN], plain[roles == CLEAN])
     assert not torch.isclose(images[roles == CROSS], plain[roles == CROSS]).all()
@@ -276,7 +273,8 @@ def test_bases_replace_the_poisoned_images_and_travel_in_the_state():
         return data
 
     data = module(surrogate=SmallCNN(width=4, in_channels=1))
-    images, _, roles = data.train_dataloader().dataset.__getitems__(list(range(len(data.partition.training))))
+    batch = data.train_dataloader().dataset.__getitems__(list(range(len(data.partition.training))))
+    images, roles = batch.images, batch.roles
     train, _ = data._ready()
     before = train.read(data.partition.training)
     changed = (images != before).flatten(1).any(dim=1)
@@ -293,6 +291,6 @@ def test_another_order_keeps_the_partition():
     for data in modules:
         data.setup("fit")
     assert torch.equal(modules[0].partition.clean, modules[2].partition.clean)
-    by_default, same, other = (next(iter(data.train_dataloader()))[0] for data in modules)
+    by_default, same, other = (next(iter(data.train_dataloader())).images for data in modules)
     assert torch.equal(by_default, same)
     assert not torch.equal(by_default, other)

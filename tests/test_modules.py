@@ -2,6 +2,7 @@ import contextlib
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nba_lightning import ANP, NBA, BackdoorDataModule, Classifier, Defense, FineTuning
+from nba_lightning import ANP, NAD, NBA, BackdoorDataModule, Classifier, Defense, FineTuning
 from nba_lightning.attacks import BadNets, Blended
 from nba_lightning.behaviors import FSP
 from nba_lightning.callbacks import NonFiniteLossError, PseudoSampleRegeneration
@@ -19,11 +20,12 @@ from nba_lightning.core.augmentation import RandomCropFlip
 from nba_lightning.core.features import features
 from nba_lightning.core.functional import channel_gram
 from nba_lightning.core.modes import frozen_statistics
+from nba_lightning.defenses.nba import Weights
 from nba_lightning.io.adapters import check_fit
 from nba_lightning.io.weights import save_weights
 from nba_lightning.networks import Normalize, SmallCNN
 from nba_lightning.pseudo import SamplePerturbations, UniversalPerturbations
-from nba_lightning.training.distillation import Distillation, exchange_weights
+from nba_lightning.training.distillation import Distillation
 from nba_lightning.training.schedule import cosine_factor
 
 DEFENSES = [
@@ -35,7 +37,7 @@ DEFENSES = [
 
 def build(defense, network, **kwargs):
     if issubclass(defense, Distillation):
-        kwargs = {"teacher_epochs": 1} | kwargs
+        kwargs = {"teacher": another(network)} | kwargs
     if defense is ANP:
         kwargs = {"threshold": 1.0} | kwargs  # a short fit moves masks a little only
     if defense is NBA:
@@ -43,17 +45,25 @@ def build(defense, network, **kwargs):
     return defense(network, **kwargs)
 
 
+def another(network):
+    """A teacher: a network of the same kind with other weights."""
+    torch.manual_seed(5)
+    teacher = copy.deepcopy(network)
+    for parameter in teacher.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return teacher
+
+
 def states_equal(first, second):
     return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_schedule_at_closed_values():
-    assert cosine_factor(0, [(10, 1.0)]) == 1.0
-    assert cosine_factor(5, [(10, 1.0)]) == pytest.approx(0.5)
-    assert cosine_factor(10, [(10, 1.0), (30, 4.0)]) == 4.0  # each phase starts anew, at its own height
-    assert cosine_factor(30, [(10, 1.0), (30, 4.0)]) == 0.0
-    assert cosine_factor(1, [(10, 1.0)], warmup=0.2) == pytest.approx(2 / 3)
-    assert cosine_factor(6, [(10, 1.0)], warmup=0.2) == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+    assert cosine_factor(0, 10) == 1.0
+    assert cosine_factor(5, 10) == pytest.approx(0.5)
+    assert cosine_factor(10, 10) == 0.0
+    assert cosine_factor(1, 10, warmup=0.2) == pytest.approx(2 / 3)
+    assert cosine_factor(6, 10, warmup=0.2) == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
 
 
 @pytest.mark.parametrize("defense", DEFENSES)
@@ -74,11 +84,7 @@ def test_every_defense_changes_the_network_and_leaves_its_keys_and_dtypes(
 def test_resumed_equals_uninterrupted(defense, stop, network, trainer, tmp_path):
     def run(epochs, folder, ckpt_path=None, total=4):
         data = BackdoorDataModule(attack=BadNets(), train_on="clean", batch_size=16, augment=RandomCropFlip(1))
-        module = (
-            build(defense, copy.deepcopy(network), teacher_epochs=2)
-            if issubclass(defense, Distillation)
-            else build(defense, copy.deepcopy(network))
-        )
+        module = build(defense, copy.deepcopy(network))
         saver = ModelCheckpoint(tmp_path / folder, save_last=True, every_n_epochs=1)
 
         class Stop(pl.Callback):
@@ -138,32 +144,31 @@ class Counting(nn.Module):
         return self.net(images)
 
 
+OFF = Weights(cross_entropy=2.0)
+
+
 @pytest.mark.parametrize(
     ("terms", "teacher", "suspicious"),
     [
         ({}, 0, 1),
-        ({"labelled": 0.0}, 0, 1),
+        ({"labelled_share": 0.0}, 0, 1),
         ({"align_with": "teacher"}, 1, 1),
-        ({"alignment": 0.0}, 0, 1),
-        ({"cross_entropy": 0.0}, 0, 1),
-        ({"distillation": 0.0}, 0, 1),
-        ({"distillation": 0.0, "align_with": "teacher"}, 1, 0),
-        ({"distillation": 0.0, "alignment": 0.0}, 0, 0),
+        ({"labelled": Weights(2.0, 4.0), "labelled_share": 1.0}, 0, 1),
+        ({"labelled": Weights(2.0, 0.0, 1.0), "labelled_share": 1.0, "align_with": "teacher"}, 1, 0),
+        ({"labelled": OFF, "labelled_share": 1.0}, 0, 0),
         ({"pseudo_share": 0.0}, 0, 1),
     ],
 )
 def test_a_term_that_is_off_costs_no_pass(terms, teacher, suspicious, network, clean_digits, trainer):
-    module = NBA(
-        Counting(network), teacher=Counting(copy.deepcopy(network)), pseudo=UniversalPerturbations(steps=0), **terms
-    )
+    module = NBA(Counting(network), teacher=Counting(another(network)), pseudo=UniversalPerturbations(steps=0), **terms)
     module.pseudo.bank = torch.zeros(1, 1, 8, 8)
     clean_digits.setup("fit")
     steps = len(clean_digits.train_dataloader())
     module.setup = lambda stage: None
     trainer().fit(module, clean_digits)
-    assert module.model.calls == steps
-    assert module.teacher.calls == teacher * steps
-    assert (0 if module.suspicious is None else module.suspicious.calls) == suspicious * steps
+    assert module.model.calls == steps + 1  # and one look at the first batch
+    assert module.teacher.network.calls == teacher * steps
+    assert (0 if module.suspicious is None else module.suspicious.network.calls) == suspicious * steps
     needs = terms.get("pseudo_share") != 0
     assert any(isinstance(c, PseudoSampleRegeneration) for c in module.configure_callbacks()) is needs
 
@@ -175,18 +180,16 @@ def test_the_loss_is_the_equation(align_with, labelled, network, trainer, clean_
         network,
         teacher=SmallCNN(width=4, in_channels=1),
         pseudo_share=0.5,
-        alignment=3.0,
-        cross_entropy=2.0,
-        distillation=4.0,
-        labelled=float(labelled),
-        mixed_distillation=5.0,
+        labelled=Weights(cross_entropy=2.0, distillation=4.0, alignment=3.0),
+        labelled_share=float(labelled),
+        mixed=Weights(distillation=5.0, alignment=3.0),
         align_with=align_with,
     )
-    nn.init.normal_(module.suspicious.fc.weight)
+    nn.init.normal_(module.suspicious.network.fc.weight)
     module.pseudo.bank = 0.1 * torch.randn(1, 1, 8, 8)
     module.mixing.forward = lambda images, generator: images.flip(0)
     module.trainer = trainer()
-    module.log = lambda *args, **kwargs: None
+    module.log = module.log_dict = lambda *args, **kwargs: None
     module.eval()
     given, labels = torch.rand(6, 1, 8, 8), torch.randint(0, 10, (6,))
     loss = module.training_step((given, labels), 1)
@@ -194,7 +197,7 @@ def test_the_loss_is_the_equation(align_with, labelled, network, trainer, clean_
     pseudo = torch.cat([(images[:3] + module.pseudo.bank).clamp(0, 1), images[3:]])
     names = ["block1", "block2", "block3"]
     logits, observed = features(network, pseudo, names)
-    wanted = features(getattr(module, align_with), images, names)[1]
+    wanted = features(getattr(module, align_with).network, images, names)[1]
     expected = 3 * sum((channel_gram(observed[n]) - channel_gram(wanted[n])).pow(2).sum() for n in names) / (3 * 6)
     answers = module.suspicious(images).softmax(dim=1)
     divergence = nn.functional.kl_div(logits.log_softmax(dim=1), answers, reduction="batchmean")
@@ -205,40 +208,50 @@ def test_the_loss_is_the_equation(align_with, labelled, network, trainer, clean_
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize(("labelled", "number"), [(0.0, 0), (0.35, 2), (0.5, 2), (1.0, 4)])
-def test_labels_end_where_mixed_images_begin(labelled, number, network, trainer, clean_digits):
-    module = NBA(network, teacher_epochs=1, labelled=labelled)
-    seen = []
-
-    class Look(pl.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.current_epoch >= 1 and batch_idx == 0:
-                seen.append(pl_module.learns_labels)
-
-    trainer(max_epochs=5, callbacks=[Look()]).fit(module, clean_digits)
-    assert seen == [True] * number + [False] * (4 - number)
+@pytest.mark.parametrize(
+    ("share", "epochs", "number"), [(0.0, 4, 0), (0.35, 4, 1), (0.5, 4, 2), (1.0, 4, 4), (0.07, 100, 7)]
+)
+def test_labels_end_where_mixed_images_begin(share, epochs, number, network):
+    module = NBA(network, labelled_share=share)
+    found = []
+    for epoch in range(epochs):
+        module._trainer = SimpleNamespace(max_epochs=epochs, current_epoch=epoch)
+        found.append(module.learns_labels)
+    assert found == [True] * number + [False] * (epochs - number)
 
 
-def test_the_teacher_is_what_fine_tuning_gives_and_the_student_starts_from_the_suspicious_weights(
-    network, clean_digits, trainer
-):
-    suspicious = copy.deepcopy(network)
+def test_the_student_starts_from_the_suspicious_weights_and_the_teacher_stays(network, clean_digits, trainer):
+    suspicious, given = copy.deepcopy(network), another(network).train()
+    before = copy.deepcopy(given.state_dict())
+    module = NBA(network, teacher=given)
+    assert states_equal(suspicious.state_dict(), module.model.state_dict())
+    trainer(max_epochs=2).fit(module, clean_digits)
+    assert states_equal(before, module.teacher.network.state_dict())
+    assert states_equal(before, given.state_dict())
+    assert given.training  # the user's own network is left as it was
+    assert all(parameter.requires_grad for parameter in given.parameters())
+    assert not any(layer.training for layer in module.teacher.network.modules())
+    assert not any(parameter.requires_grad for parameter in module.teacher.network.parameters())
+
+
+@pytest.mark.parametrize("defense", [NAD, NBA])
+def test_a_missing_teacher_is_named_with_what_to_type(defense, network, clean_digits, trainer, tmp_path):
+    with pytest.raises(ValueError, match=r"(?s)Expected `teacher` to be given for (NBA|NAD).*FineTuning\(copy"):
+        trainer().fit(defense(network), clean_digits)
+    trainer().test(defense(network), clean_digits, verbose=False)  # needs none
+    with pytest.raises(ValueError, match="Expected `teacher` to be another network than the student"):
+        trainer().fit(defense(network, teacher=copy.deepcopy(network)), clean_digits)
+    save_weights(another(network).state_dict(), tmp_path / "t.safetensors")
+    module = defense(network, teacher_weights=str(tmp_path / "t.safetensors"))
+    assert states_equal(module.teacher.network.state_dict(), another(network).state_dict())
+    with pytest.raises(ValueError, match="Expected `teacher_weights` to be left out"):
+        defense(network, teacher=another(network), teacher_weights=str(tmp_path / "t.safetensors"))
+
+
+def test_a_defence_is_a_teacher_too(network, clean_digits, trainer):
     tuned = FineTuning(copy.deepcopy(network))
-    trainer(max_epochs=2).fit(tuned, clean_digits)
-    module = NBA(network, teacher_epochs=2, lr=0.1)
-    starts = []
-
-    class Look(pl.Callback):
-        def on_train_epoch_start(self, trainer, pl_module):
-            if trainer.current_epoch == 2:
-                pl_module.enter_phase()
-                starts.append({name: value.clone() for name, value in pl_module.model.state_dict().items()})
-
-    trainer(max_epochs=3, callbacks=[Look()]).fit(module, clean_digits)
-    assert states_equal(starts[0], suspicious.state_dict())
-    assert states_equal(tuned.model.state_dict(), module.teacher.state_dict())
-    assert not module.teacher.training
-    assert not any(parameter.requires_grad for parameter in module.teacher.parameters())
+    trainer().fit(tuned, clean_digits)
+    assert states_equal(NBA(network, teacher=tuned).teacher.network.state_dict(), tuned.model.state_dict())
 
 
 def test_pseudo_samples_leave_batchnorm_statistics_alone(network):
@@ -249,14 +262,6 @@ def test_pseudo_samples_leave_batchnorm_statistics_alone(network):
     assert states_equal(before, network.state_dict())
     network(torch.rand(4, 1, 8, 8))
     assert not states_equal(before, network.state_dict())
-
-
-def test_exchange_weights():
-    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
-    first, second = copy.deepcopy(one.state_dict()), copy.deepcopy(two.state_dict())
-    exchange_weights(one, two)
-    assert states_equal(first, two.state_dict())
-    assert states_equal(second, one.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -282,37 +287,30 @@ def test_any_loader_of_images_and_labels_will_do(trainer):
     theirs = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
     )
-    module = NBA(theirs, layers=["2"], teacher_epochs=1)
+    module = NBA(theirs, teacher=another(theirs), layers=["2"])
     trainer(max_epochs=2).fit(module, loader)
     assert module.pseudo.bank.shape == (1, 3, 16, 16)
 
 
 def test_bad_arguments_of_nba(network):
     with pytest.raises(ValueError, match="Expected `alignment` to be at least 0, but got -1"):
-        NBA(network, alignment=-1)
-    with pytest.raises(ValueError, match="Expected `cross_entropy` to be positive where no other term is on"):
-        NBA(network, alignment=0, cross_entropy=0, distillation=0)
-    with pytest.raises(ValueError, match="Expected `mixed_distillation` to be positive where `labelled` is below 1"):
-        NBA(network, alignment=0, mixed_distillation=0)
+        NBA(network, labelled=Weights(alignment=-1))
+    with pytest.raises(ValueError, match="Expected `weights of a phase` to be positive for at least one term"):
+        NBA(network, labelled=Weights())
+    with pytest.raises(ValueError, match="Expected `mixed` to be without `cross_entropy`"):
+        NBA(network, mixed=Weights(cross_entropy=1))
     with pytest.raises(ValueError, match=r"Expected `pseudo_share` to be in \[0, 1\], but got 2"):
         NBA(network, pseudo_share=2)
-    with pytest.raises(ValueError, match=r"Expected `labelled` to be in \[0, 1\], but got -1"):
-        NBA(network, labelled=-1)
+    with pytest.raises(ValueError, match=r"Expected `labelled_share` to be in \[0, 1\], but got -1"):
+        NBA(network, labelled_share=-1)
     with pytest.raises(ValueError, match="Expected `layers` to be at least 2 for FSP"):
         NBA(network, behavior=FSP(), layers=["block1"])
     with pytest.raises(ValueError, match="got blok. Available"):
         NBA(network, layers=["blok"])
     with pytest.raises(ValueError, match="Expected `align_with` to be one of suspicious, teacher, but got 'student'"):
         NBA(network, align_with="student")
-    with pytest.raises(ValueError, match="Expected `teacher_epochs` to be at least 1 where no teacher is given"):
-        NBA(network, teacher_epochs=0)
     with pytest.raises(ValueError, match=r"Expected `lr` to be in \(0, inf\], but got 0"):
         NBA(network, lr=0)
-
-
-def test_too_few_epochs_are_named_before_any_work(network, clean_digits, trainer):
-    with pytest.raises(ValueError, match="Expected `max_epochs` to be above the 10 `teacher_epochs`, but got 10"):
-        trainer(max_epochs=10).fit(NBA(network), clean_digits)
 
 
 def test_networks_that_do_not_fit_the_data_are_named(clean_digits, trainer):
@@ -355,7 +353,7 @@ def test_suspicious_weights_come_in_by_one_argument(network, tmp_path):
     save_weights({f"module.{k}": v for k, v in network.state_dict().items()}, tmp_path / "w.safetensors")
     module = NBA(SmallCNN(width=4, in_channels=1), weights=str(tmp_path / "w.safetensors"))
     assert states_equal(network.state_dict(), module.model.state_dict())
-    assert states_equal(network.state_dict(), module.teacher.state_dict())
+    assert states_equal(network.state_dict(), module.suspicious.network.state_dict())
 
 
 def test_normalize_by_hand():

@@ -15,20 +15,21 @@ import lightning
 import lightning.pytorch as pl
 import torch
 import torchvision
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from nba_lightning import NBA, Classifier
+from nba_lightning import NBA, Classifier, FineTuning
 from nba_lightning.app import figures
 from nba_lightning.attacks import Attack, BadNets, Blended
-from nba_lightning.callbacks import History
+from nba_lightning.callbacks import CleanedWeights, History
 from nba_lightning.core.augmentation import RandomCropFlip
 from nba_lightning.core.features import features
 from nba_lightning.core.functional import attention_map, defense_effectiveness_rating
 from nba_lightning.core.randomness import generator_for
 from nba_lightning.data import BackdoorDataModule, Digits
+from nba_lightning.defenses.nba import Weights
 from nba_lightning.networks import SmallCNN
 from nba_lightning.pseudo import UniversalPerturbations
 
@@ -45,36 +46,52 @@ def demo(output: str = "nba-demo", seed: int = 0, attack: Literal["badnets", "bl
         attack: the attack to implant.
     """
     start, console, folder = time.perf_counter(), Console(), Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    links = folder / f"{attack}-{seed}"  # where each fit saves itself, so that a demo that was interrupted goes on
+    links.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(seed, verbose=False)
+    watches = [History() for _ in range(3)]
     with _quiet():
-        console.rule(f"1/3  The attacker trains a network on digits, 10 % poisoned by {_ATTACKS[attack].__name__}")
-        data, watch = _data(_ATTACKS[attack](), "poisoned", seed), History()
+        console.rule(f"1/4  The attacker trains a network on digits, 10 % poisoned by {_ATTACKS[attack].__name__}")
+        data = _data(_ATTACKS[attack](), "poisoned", seed)
         backdoored = Classifier(SmallCNN(in_channels=1), seed=seed)
-        _trainer(_IMPLANT_EPOCHS, folder, watch).fit(backdoored, data)
-        console.rule(
-            "2/3  The owner, who knows neither trigger nor target, fine-tunes a teacher and aligns the network"
-        )
-        clean_data, clean_watch = _data(_ATTACKS[attack](), "clean", seed), History()
-        nba = NBA(
-            copy.deepcopy(backdoored.model),
-            teacher_epochs=_TEACHER_EPOCHS,
-            lr=0.05,
-            distillation=1.0,
-            mixed_distillation=4.0,
-            seed=seed,
-            pseudo=UniversalPerturbations(number=4, rms=0.3),
-        )
-        _trainer(_TEACHER_EPOCHS + _STUDENT_EPOCHS, folder, clean_watch).fit(nba, clean_data)
-        console.rule("3/3  Test")
-        networks = {"backdoored": backdoored.model, "fine-tuned": nba.teacher, "nba": nba.model}
+        _fit(backdoored, data, _IMPLANT_EPOCHS, links / "implant", watches[0])
+        console.rule("2/4  The owner, who knows neither trigger nor target, fine-tunes a copy of it: the teacher")
+        clean_data = _data(_ATTACKS[attack](), "clean", seed)
+        teacher = FineTuning(copy.deepcopy(backdoored.model), seed=seed)
+        _fit(teacher, clean_data, _TEACHER_EPOCHS, links / "teacher", watches[1])
+        console.rule("3/4  The owner aligns the network with the teacher")
+        nba = _nba(backdoored.model, teacher, seed)
+        to = CleanedWeights(str(folder / "cleaned.safetensors"))
+        _fit(nba, clean_data, _STUDENT_EPOCHS, links / "student", watches[2], to)
+        console.rule("4/4  Test")
+        networks = {"backdoored": backdoored.model, "fine-tuned": teacher.model, "nba": nba.model}
         rows = _rows({name: _test(network, clean_data, folder) for name, network in networks.items()})
-    _draw(folder, clean_data, nba, backdoored.model, [watch.epochs, clean_watch.epochs])
+    _draw(folder, clean_data, nba, backdoored.model, [watch.epochs for watch in watches])
     seconds = time.perf_counter() - start
     provenance = {"attack": attack, "seed": seed, "versions": _versions(), "seconds": round(seconds, 1)}
     (folder / "results.json").write_text(json.dumps([row | provenance for row in rows], indent=1) + "\n")
     console.print(_table(rows, attack))
     console.print(f"{seconds:.0f} seconds. Figures, results.json and cleaned.safetensors are in {folder}/")
+
+
+def _nba(suspicious: nn.Module, teacher: FineTuning, seed: int) -> NBA:
+    return NBA(
+        copy.deepcopy(suspicious),
+        teacher=teacher,
+        lr=0.05,
+        labelled=Weights(cross_entropy=2.0, distillation=1.0, alignment=1.0),
+        mixed=Weights(distillation=4.0, alignment=1.0),
+        seed=seed,
+        pseudo=UniversalPerturbations(number=4, rms=0.3),
+    )
+
+
+def _fit(module: Classifier, data: BackdoorDataModule, epochs: int, folder: Path, *callbacks: Callback) -> None:
+    """One link of the chain; it goes on from its last save, if there is one."""
+    saver = ModelCheckpoint(folder, save_last=True, save_top_k=0, enable_version_counter=False)
+    last = folder / "last.ckpt"
+    runner = _trainer(epochs, folder, saver, *callbacks)
+    runner.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
 
 
 def _data(attack: Attack, train_on: Literal["poisoned", "clean"], seed: int) -> BackdoorDataModule:
@@ -95,7 +112,7 @@ def _trainer(epochs: int, folder: Path, *callbacks: Callback, bar: bool = True) 
         max_epochs=epochs,
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks),
         enable_model_summary=False,
         enable_progress_bar=bar,
         callbacks=[*callbacks, *([RichProgressBar()] if bar else [])],
@@ -137,19 +154,15 @@ def _draw(
 ) -> None:
     attack = data.attack
     images, labels = next(iter(data.test_dataloader()[0]))
+    assert labels is not None
     assert attack is not None
     chosen = (attack.relabel(labels) != labels).nonzero().flatten()[:8]
     clean = images[chosen].float() / 255
     triggered = attack(clean)
-    perturbations = nba.pseudo(clean, nba.model, nba.teacher, generator_for(0))
+    perturbations = nba.pseudo(clean, nba.model, nba.teacher_network(), generator_for(0))
     figures.samples_figure(clean, triggered, (clean + perturbations).clamp(0, 1), folder / "samples.png")
-    implanted, defended = histories
-    phases = {
-        "implanting the backdoor": implanted,
-        "fine-tuning the teacher": defended[:_TEACHER_EPOCHS],
-        "aligning the student": defended[_TEACHER_EPOCHS:],
-    }
-    figures.curves_figure(phases, folder / "curves.png")
+    fits = ("implanting the backdoor", "fine-tuning the teacher", "aligning the student")
+    figures.curves_figure(dict(zip(fits, histories, strict=True)), folder / "curves.png")
     maps = {
         name: _attention(network, triggered[:1])
         for name, network in (("backdoored", backdoored), ("after NBA", nba.model))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
 
@@ -15,30 +15,44 @@ from nba_lightning.io.weights import save_weights
 class CleanedWeights(Callback):
     """Write ``module.model``'s state dict as `.safetensors` at the end of ``fit``, beside the checkpoints.
 
-    Keys and dtypes are those of the network that came in. Nothing is written in a ``fast_dev_run``,
-    after an interruption, or if the fit ended before the student had begun.
+    Keys and dtypes are those of the network that came in. A file that is there already, of another fit, stays: the new
+    one gets a number, as Lightning numbers checkpoints (``cleaned-v1.safetensors``). A fit that ended before its last
+    step, by ``max_time`` for instance, writes ``unfinished.safetensors`` instead and says so; one that
+    ``EarlyStopping`` ended has ended as was planned. Nothing is written in a ``fast_dev_run`` or after an
+    interruption.
 
     Args:
-        path: another file to write; ``None`` is ``cleaned.safetensors`` in the folder of the first checkpoint
-            callback (or else of the log, or of the Trainer's ``default_root_dir``).
+        path: another file to write, replaced if it is there; ``None`` is ``cleaned.safetensors`` in the folder of the
+            first checkpoint callback (or else of the log, or of the Trainer's ``default_root_dir``).
+
+    Attributes:
+        written: the file, after the fit; ``None`` if there is none.
     """
+
+    written: Path | None
 
     def __init__(self, path: str | None = None) -> None:
         if path is not None and Path(path).suffix != ".safetensors":
             raise expected("path", "a file that ends in .safetensors", repr(path))
-        self.path = path
+        self.path, self.written = path, None
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file."""
         if getattr(trainer, "fast_dev_run", False) or trainer.state.status == "interrupted":
             return
-        if getattr(pl_module, "cleaned", True):
-            self._write(self.destination(trainer), pl_module)
-        else:
-            rank_zero_warn("No cleaned weights are written: the fit ended while the teacher was being fine-tuned.")
+        path = self.destination(trainer)
+        if _ended_early(trainer):
+            path = path.with_stem("unfinished")
+            rank_zero_warn(
+                f"The fit ended at step {trainer.global_step}, before its last one, so its weights are not called "
+                f"cleaned: {path}. Go on by `ckpt_path`, or give it the time."
+            )
+        elif self.path is None:
+            path = _free(path)
+        self._write(path, pl_module)
 
     def destination(self, trainer: pl.Trainer) -> Path:
-        """The file that is written."""
+        """The file that is written if the fit ends as planned and none is there."""
         if self.path is not None:
             return Path(self.path)
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.log_dir or trainer.default_root_dir
@@ -49,4 +63,21 @@ class CleanedWeights(Callback):
         model = module.model
         assert isinstance(model, nn.Module)
         save_weights(bare(model).state_dict(), path, getattr(module, "dtypes", None))
-        rank_zero_info(f"Cleaned weights: {path}")
+        self.written = path
+        if path.stem != "unfinished":
+            rank_zero_info(f"Cleaned weights: {path}")
+
+
+def _ended_early(trainer: pl.Trainer) -> bool:
+    planned = trainer.estimated_stepping_batches
+    stopped = any(isinstance(one, EarlyStopping) and one.stopped_epoch for one in getattr(trainer, "callbacks", []))
+    return trainer.global_step < planned < float("inf") and not stopped
+
+
+def _free(path: Path) -> Path:
+    """The path, or its first version that is no file yet."""
+    found, version = path, 0
+    while found.exists():
+        version += 1
+        found = path.with_stem(f"{path.stem}-v{version}")
+    return found

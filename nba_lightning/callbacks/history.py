@@ -1,5 +1,7 @@
 """Validation figures of every epoch, in memory."""
 
+from typing import Any
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
@@ -17,3 +19,11 @@ class History(Callback):
             self.epochs.append(
                 {name.removeprefix("val/"): float(value) for name, value in figures.items() if name.startswith("val/")}
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epochs so far."""
+        return {"epochs": list(self.epochs)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on."""
+        self.epochs[:] = state_dict["epochs"]

@@ -1,5 +1,6 @@
 """Argument checks with one phrasing of errors."""
 
+import math
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -45,12 +46,39 @@ def check_image_batch(name: str, images: Tensor) -> None:
 
 def check_unit_range(name: str, images: Tensor) -> None:
     """Raise unless all values lie in [0, 1]. Reads the values, so it waits for the device: not for a hot path."""
+    check_image_batch(name, images)
     low, high = (float(bound) for bound in torch.aminmax(images.detach().float()))
+    if math.isnan(low) or math.isnan(high):
+        raise ValueError(f"Expected `{name}` to hold values in [0, 1], but got NaN.")
     if not (low >= 0.0 and high <= 1.0):
         raise ValueError(
-            f"Expected `{name}` to hold values in [0, 1], but got values from {low:.4g} to {high:.4g}. "
-            "Images must not be normalised by the loader: normalisation belongs into the network's first layer."
+            f"Expected `{name}` to hold values in [0, 1], but got values from {low:.4g} to {high:.4g}. If the loader "
+            "normalises its images, say so: `Normalized(network, mean, std, loaders_normalize=True)`."
         )
+
+
+def check_labels(name: str, labels: Tensor, num_classes: int | None = None, allow_padding: bool = False) -> None:
+    """Raise unless ``labels`` are class numbers `(B,)`, from 0 to K - 1. Reads the values: not for a hot path.
+
+    Args:
+        name: of the argument.
+        labels: what should be class numbers.
+        num_classes: number of classes K, if known.
+        allow_padding: whether -1 may mark padding.
+
+    Raises:
+        ValueError: for other shapes and types (float, one-hot), negative numbers and numbers above K - 1.
+    """
+    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise expected(
+            name,
+            "class numbers, integers of shape (B,)",
+            f"{str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}",
+        )
+    low, high = (int(bound) for bound in torch.aminmax(labels))
+    if low < (-1 if allow_padding else 0) or (num_classes is not None and high >= num_classes):
+        classes = "at least 0" if num_classes is None else f"classes 0 to {num_classes - 1} of the network"
+        raise expected(name, classes, f"{low if low < 0 else high}")
 
 
 def first_few(names: Iterable[str], limit: int = 5) -> str:

@@ -13,15 +13,16 @@ def logits_of(output: Any) -> Tensor:
     """Logits `(B, K)` from what a network returned: a tensor, an object with ``.logits``, or a mapping with it.
 
     Raises:
-        TypeError: if there are none.
+        TypeError: if there are none, or several things whose order does not tell which they are.
     """
     if isinstance(output, Tensor):
         return output
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if found is None and isinstance(output, tuple | list) and output:
-        found = output[0]
     if not isinstance(found, Tensor):
-        raise TypeError(f"Expected the network to return logits or an object with `.logits`, but got {type(output)}.")
+        several = isinstance(output, tuple | list)
+        advice = " Say which part they are: `nba_lightning.io.adapters.Output(network, which)`." if several else ""
+        got = f"a {type(output).__name__} of {len(output)} parts" if several else f"{type(output).__name__}"
+        raise TypeError(f"Expected the network to return logits or an object with `.logits`, but got {got}.{advice}")
     return found
 
 

@@ -1,6 +1,7 @@
 """Poisoned and clean subsets of a source, as a LightningDataModule."""
 
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -16,8 +17,11 @@ from nba_lightning.core.metrics import IGNORE_LABEL
 from nba_lightning.core.randomness import generator_for
 from nba_lightning.data.dataset import Batches, LabeledImages, ReplacedImages
 from nba_lightning.data.partition import Partition, draw_partition
-from nba_lightning.data.sampler import ResumableLoader, SeededSampler
+from nba_lightning.data.sampler import BatchLoader, SeededSampler
 from nba_lightning.data.sources import Digits, Source
+from nba_lightning.io.batches import Batch
+
+TrainOn = Literal["poisoned", "clean", "untriggered"]
 
 
 def _identity(batch: Any) -> Any:
@@ -28,18 +32,21 @@ class BackdoorDataModule(pl.LightningDataModule):
     """Training on the poisoned set or on the defender's clean subset; evaluation clean (0) and triggered (1).
 
     On the device, a whole batch at a time: `uint8` becomes float in [0, 1], poisoned images get the trigger and the
-    attacker's label, training images are augmented. Training and clean evaluation batches are ``(images, labels)``;
-    triggered evaluation batches are ``(images, labels, targets)`` with true labels and the attacker's targets, and
-    leave out images whose target is their true class. Without an attack there is only the clean evaluation loader.
+    attacker's label, training images are augmented. What a loader gives is a :class:`~nba_lightning.io.batches.Batch`,
+    which unpacks as ``images, labels``; triggered evaluation batches unpack as ``images, labels, targets`` with true
+    labels and the attacker's targets, and leave out images whose target is their true class. Without an attack there
+    is only the clean evaluation loader.
 
     Args:
         source: where the images come from; scikit-learn's digits by default.
         attack: the attack; ``None`` for data that nobody poisons.
-        train_on: ``poisoned`` (implant) or ``clean`` (defend).
+        train_on: ``poisoned`` (implant), ``clean`` (defend), or ``untriggered``: the attacker's images as they are,
+            with their roles, for a module that triggers them itself (InputAwareTraining, Steganography).
         clean_fraction: the defender's images as a share of the training set, in (0, 1].
         validation_fraction: share of the defender's images held out for his own choices, in [0, 1).
         validate_on: what ``validate`` and the epochs of ``fit`` look at: ``held_out``, the defender's validation part,
-            or ``test``, to watch a training; nothing may be selected by it.
+            or ``test``, to watch a training; nothing may be selected by it. A defence's own decisions take the
+            held-out part under either.
         augment: random crop and flip in training; ``None`` for none.
         batch_size: images per batch and process.
         eval_batch_size: likewise in evaluation.
@@ -60,7 +67,7 @@ class BackdoorDataModule(pl.LightningDataModule):
         self,
         source: Source | None = None,
         attack: Attack | None = None,
-        train_on: Literal["poisoned", "clean"] = "poisoned",
+        train_on: TrainOn = "poisoned",
         clean_fraction: float = 0.05,
         validation_fraction: float = 0.1,
         validate_on: Literal["held_out", "test"] = "held_out",
@@ -74,7 +81,7 @@ class BackdoorDataModule(pl.LightningDataModule):
         super().__init__()
         check_range("clean_fraction", clean_fraction, 0.0, 1.0, open_low=True)
         check_range("validation_fraction", validation_fraction, 0.0, 1.0, open_high=True)
-        check_choice("train_on", train_on, ("poisoned", "clean"))
+        check_choice("train_on", train_on, get_args(TrainOn))
         check_choice("validate_on", validate_on, ("held_out", "test"))
         check_at_least("batch_size", batch_size, 2)
         check_at_least("eval_batch_size", eval_batch_size, 1)
@@ -86,7 +93,6 @@ class BackdoorDataModule(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
         self.order_seed = seed if order_seed is None else order_seed
-        self.extra_batch: int | None = None  # number of a batch that is drawn beside the training steps
         self._sets: tuple[LabeledImages, LabeledImages] | None = None
 
     def prepare_data(self) -> None:
@@ -120,7 +126,7 @@ class BackdoorDataModule(pl.LightningDataModule):
         self._sets = train, test
 
     def _training_indices(self) -> Tensor:
-        return self.partition.training if self.train_on == "poisoned" else self.partition.clean
+        return self.partition.clean if self.train_on == "clean" else self.partition.training
 
     def _world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
@@ -137,7 +143,8 @@ class BackdoorDataModule(pl.LightningDataModule):
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
-        return ResumableLoader(batches, self._batches_done, **options) if shuffle else DataLoader(batches, **options)
+        stage: Literal["train", "evaluate"] = "train" if shuffle else "evaluate"
+        return BatchLoader(batches, stage, self._batches_done if shuffle else None, **options)
 
     def _ready(self) -> tuple[LabeledImages, LabeledImages]:
         if self._sets is None:
@@ -150,15 +157,16 @@ class BackdoorDataModule(pl.LightningDataModule):
         return loop.epoch_loop.batch_progress.current.ready if loop is not None and loop.restarted_mid_epoch else 0
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """``(images, labels)`` in a new order each epoch; the last incomplete batch is dropped."""
+        """Training images in a new order each epoch; the last incomplete batch is dropped."""
         train, _ = self._ready()
         indices = self._training_indices()
         if self.train_on == "clean" or self.attack is None:
             return self._loader(Batches(train, indices), self.batch_size, shuffle=True)
-        self._compute_attack(self.attack)
-        bases = self.attack.bases()
-        if bases is not None:
-            train = ReplacedImages(train, self.partition.poisoned, bases)
+        if self.train_on == "poisoned":
+            self._compute_attack(self.attack)
+            bases = self.attack.bases()
+            if bases is not None:
+                train = ReplacedImages(train, self.partition.poisoned, bases)
         roles = torch.zeros(len(train), dtype=torch.uint8)
         roles[self.partition.poisoned], roles[self.partition.cross] = POISONED, CROSS
         return self._loader(Batches(train, indices, roles[indices]), self.batch_size, shuffle=True)
@@ -221,25 +229,30 @@ class BackdoorDataModule(pl.LightningDataModule):
         """The same images as in ``test``."""
         return self.test_dataloader()
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, ...]:
-        """To float, trigger and relabel, augment; whole batches, on the device.
+    def held_out_dataloader(self) -> DataLoader[Any] | None:
+        """The defender's validation part, clean, whatever ``validate_on`` says; ``None`` where there is none."""
+        train, _ = self._ready()
+        part = self.partition.validation
+        return self._loader(Batches(train, part), self.eval_batch_size, shuffle=False) if len(part) else None
 
-        A module with a true ``applies_attack`` gets ``(images, labels, roles)`` in training and triggers them itself.
-        """
-        images, labels, *roles = batch
-        images = images.float().div_(255)
-        if self.trainer is None or not self.trainer.training:
-            found = self._triggered(images, labels) if roles else (images, labels)
-            return self._converted(found[0]), *found[1:]
-        own = roles and getattr(self.trainer.lightning_module, "applies_attack", False)
-        if roles and self.attack is not None and not own:
-            generator = self._generator(7, images.device) if self.attack.cross_ratio else None
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """To float, trigger and relabel, augment; whole batches, on the device, as the batch itself says."""
+        if not isinstance(batch, Batch) or batch.images.dtype != torch.uint8:
+            return batch  # a loader that is not ours
+        images, labels = batch.images.float().div_(255), batch.labels
+        if batch.stage == "evaluate":
+            ready = replace(batch, images=images)
+            ready = ready if batch.roles is None else self._triggered(ready)
+            return replace(ready, images=self._converted(ready.images))
+        if batch.roles is not None and self.train_on == "poisoned":
+            attack = self._attack_on(images.device)
+            generator = self._generator(7, batch) if attack.cross_ratio else None
+            assert labels is not None
             with torch.no_grad():
-                images, labels = self._attack_on(images.device).poison(images, labels, roles[0], generator)
+                images, labels = attack.poison(images, labels, batch.roles, generator)
         if self.augment is not None:
-            images = self.augment(images, self._generator(3, images.device))
-        images = self._converted(images)
-        return (images, labels, roles[0]) if own else (images, labels)
+            images = self.augment(images, self._generator(3, batch))
+        return replace(batch, images=self._converted(images), labels=labels)
 
     def _converted(self, images: Tensor) -> Tensor:
         """In the Trainer's precision, last of all: Lightning converts before this hook, when images are `uint8`."""
@@ -248,17 +261,16 @@ class BackdoorDataModule(pl.LightningDataModule):
         converted: Tensor = self.trainer.precision_plugin.convert_input(images)
         return converted
 
-    def _triggered(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        attack = self._attack_on(images.device)
-        return attack(images), labels, torch.where(labels == IGNORE_LABEL, labels, attack.relabel(labels))
+    def _triggered(self, batch: Batch) -> Batch:
+        attack, labels = self._attack_on(batch.images.device), batch.labels
+        assert labels is not None
+        targets = torch.where(labels == IGNORE_LABEL, labels, attack.relabel(labels))
+        return replace(batch, images=attack(batch.images), targets=targets)
 
     def _attack_on(self, device: torch.device) -> Attack:
         assert self.attack is not None
         with torch.inference_mode(False):  # parameters that are moved in a test must still be trainable after it
             return self.attack.to(device)
 
-    def _generator(self, key: int, device: torch.device) -> torch.Generator:
-        assert self.trainer is not None
-        epoch, step = self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx
-        step = step if self.extra_batch is None else -2 - self.extra_batch
-        return generator_for(self.order_seed, key, self._world()[0], epoch, step, device=device)
+    def _generator(self, key: int, batch: Batch) -> torch.Generator:
+        return generator_for(self.order_seed, key, *batch.draw, device=batch.images.device)

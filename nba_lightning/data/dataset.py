@@ -11,6 +11,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from nba_lightning.core.checks import expected
 from nba_lightning.core.metrics import IGNORE_LABEL
+from nba_lightning.io.batches import Batch
 
 
 class LabeledImages(ABC):
@@ -130,16 +131,16 @@ class ReplacedImages(LabeledImages):
         return images
 
 
-class Batches(Dataset[tuple[Tensor, ...]]):
+class Batches(Dataset[Batch]):
     """A view on some images of a set, read a batch at a time by `__getitems__`.
 
-    Each batch is ``(images, labels)``, or ``(images, labels, roles)`` where ``roles`` is given. An index of -1
-    is padding: it reads the first image, with label -1.
+    A position of -1 is padding: it reads the first image, with label and index -1.
 
     Args:
         source: the images.
         indices: `(M,)` which of them.
-        roles: `(M,)` uint8, what the attacker does to each (see :mod:`nba_lightning.attacks.base`).
+        roles: `(M,)` uint8, what the attacker does to each (see :mod:`nba_lightning.attacks.base`); ``None`` for
+            images that nobody poisons.
     """
 
     def __init__(self, source: LabeledImages, indices: Tensor, roles: Tensor | None = None) -> None:
@@ -149,16 +150,19 @@ class Batches(Dataset[tuple[Tensor, ...]]):
         """Number of images M."""
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """One image: `(C, H, W)` uint8 and its label."""
-        return tuple(column[0] for column in self.__getitems__([index]))
+    def __getitem__(self, position: int) -> Batch:
+        """A batch of one image."""
+        return self.__getitems__([position])
 
-    def __getitems__(self, positions: list[int]) -> tuple[Tensor, ...]:
-        """A batch: `(B, C, H, W)` uint8, `(B,)` int64 and, where there is an attacker, `(B,)` roles."""
+    def __getitems__(self, positions: list[int]) -> Batch:
+        """A batch of images `(B, C, H, W)`, uint8."""
         wanted = torch.tensor(positions)
         padding = wanted < 0
         wanted = wanted.clamp(min=0)
         indices = self.indices[wanted]
-        labels = self.source.labels[indices].masked_fill(padding, IGNORE_LABEL)
-        images = self.source.read(indices)
-        return (images, labels) if self.roles is None else (images, labels, self.roles[wanted])
+        return Batch(
+            images=self.source.read(indices),
+            labels=self.source.labels[indices].masked_fill(padding, IGNORE_LABEL),
+            roles=None if self.roles is None else self.roles[wanted],
+            indices=indices.masked_fill(padding, IGNORE_LABEL),
+        )

@@ -1,12 +1,14 @@
-"""Seeded order of samples, sharded over processes without counting anyone twice; a fit goes on within an epoch."""
+"""Seeded order of samples, sharded over processes without counting anyone twice; batches that know their draw."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from nba_lightning.core.randomness import shuffled
+from nba_lightning.io.batches import Batch
 
 
 class SeededSampler(DistributedSampler[int]):
@@ -39,30 +41,40 @@ class SeededSampler(DistributedSampler[int]):
         return iter(order[self.rank :: self.num_replicas][self.start :].tolist())
 
 
-class ResumableLoader(DataLoader[Any]):
-    """A loader with a :class:`SeededSampler` that leaves out what an interrupted epoch has had before it was resumed.
+class BatchLoader(DataLoader[Any]):
+    """A loader that writes on each batch of :class:`~nba_lightning.data.dataset.Batches` which draw it is.
 
-    Nothing is drawn before the first batch is asked for: Lightning makes iterators early, before it knows where a fit
-    goes on.
+    It leaves out what an interrupted epoch has had before it was resumed. Nothing is drawn before the first batch is
+    asked for: Lightning makes iterators early, before it knows where a fit goes on.
 
     Args:
         dataset: see :class:`torch.utils.data.DataLoader`.
+        stage: ``"train"`` or ``"evaluate"``, as it will stand on each batch.
         done: batches of the epoch at hand that were trained on before; asked once, when the first epoch begins;
             ``None`` for none.
         **kwargs: see :class:`torch.utils.data.DataLoader`.
     """
 
-    def __init__(self, dataset: Dataset[Any], done: Callable[[], int] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        stage: Literal["train", "evaluate"] = "evaluate",
+        done: Callable[[], int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(dataset, **kwargs)
-        self.done = done
+        self.stage, self.done, self._passes = stage, done, 0
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Batches of this epoch, or of the rest of it."""
-        # The Trainer may put another sampler in (`overfit_batches`), which knows no start.
+        first, self.done = 0 if self.done is None else self.done(), None
+        rank, epoch = 0, self._passes  # the Trainer may put another sampler in (`overfit_batches`), which knows neither
         if isinstance(self.sampler, SeededSampler) and self.batch_size is not None:
-            self.sampler.start = 0 if self.done is None else self.done() * self.batch_size
-        self.done = None
-        yield from super().__iter__()
+            self.sampler.start = first * self.batch_size
+            rank, epoch = self.sampler.rank, self.sampler.epoch
+        self._passes += 1
+        for number, batch in enumerate(super().__iter__(), first):
+            yield replace(batch, stage=self.stage, draw=(rank, epoch, number))
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the Trainer saves how far an epoch got. Its presence tells Lightning that the loader can resume."""

@@ -109,10 +109,9 @@ class ANP(Defense):
         kept = [(mask >= self.threshold).to(mask.dtype) for mask in self.masks]
         return self._masked(images, kept, kept)
 
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The masks' loss under the worst perturbation of the neurons."""
-        images, labels = self.unpack(batch)
-        self.check_first_batch(images, batch_idx)
+        images, labels = self.unpack(batch, batch_idx)
         generator = generator_for(self.seed, 6, self.trainer.current_epoch, batch_idx, device=images.device)
         with frozen_statistics(self.model):
             delta, xi = self._worst(images, labels, generator)
@@ -161,15 +160,12 @@ class ANP(Defense):
         return tuple(noise[:count]), tuple(noise[count:])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Keep the masks in [0, 1], before any checkpoint is written."""
+        """Keep the masks in [0, 1], and prune with the last step, before any checkpoint is written."""
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             for mask in self.masks:
                 mask.clamp_(0.0, 1.0)
-
-    def on_train_epoch_end(self) -> None:
-        """Prune before the last checkpoint is written, so that it holds the pruned network."""
-        if self.trainer.max_epochs is not None and self.trainer.current_epoch + 1 == self.trainer.max_epochs:
+        if self.trainer.global_step + 1 == self.trainer.estimated_stepping_batches:  # counted when this has returned
             self.prune()
 
     def on_train_end(self) -> None:

@@ -1,24 +1,28 @@
 """Fine-pruning."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from nba_lightning.callbacks.pseudo_samples import beside, on_device
 from nba_lightning.core.checks import check_range, expected
+from nba_lightning.core.modes import evaluating
+from nba_lightning.io.batches import Batch, as_batch, clean_batches, held_out_loader, on_device
 from nba_lightning.training.defense import Defense
+from nba_lightning.training.evaluation import labels_of
+from nba_lightning.training.schedule import batches_of_an_epoch
 
 
 class FinePruning(Defense):
     r"""Prune the features that clean images leave asleep, then fine-tune.
 
     Before the first step, the inputs of the network's last linear layer are ranked by their mean absolute activation on
-    the clean images. The most dormant are cut off as long as the accuracy on the defender's validation part (the
-    training images where there is none) stays within ``max_drop`` of the unpruned network's. Then all other weights are
-    fine-tuned.
+    the clean images. The most dormant are cut off as long as the accuracy on the images that the defender holds out (a
+    BackdoorDataModule's validation part, else the fit's first validation loader, else the training images) stays within
+    ``max_drop`` of the unpruned network's. Then all other weights are fine-tuned.
 
     Source: Liu et al., "Fine-pruning: defending against backdooring attacks on deep neural networks", RAID 2018
     (arXiv 1805.12185), sections 3.1 to 3.3. The paper prunes channels of the last convolution; behind a global pooling
@@ -69,15 +73,12 @@ class FinePruning(Defense):
         return [self.last]
 
     def on_train_start(self) -> None:
-        """Prune, once."""
+        """As usual, and prune, once."""
+        super().on_train_start()
         if bool(self.pruned):  # a fit that was resumed
             return
-        data = getattr(self.trainer, "datamodule", None)
-        held_out = data.val_dataloader() if data is not None else None
-        if isinstance(held_out, list | tuple):
-            held_out = held_out[0] if held_out else None
-        dormant, labels = self._features(beside(self.trainer.train_dataloader))
-        features = dormant
+        dormant, labels = self._features(self._training_images())
+        held_out, features = held_out_loader(self.trainer), dormant
         if held_out is not None:
             features, labels = self._features(held_out)
         order = dormant.abs().mean(dim=0).argsort()
@@ -86,22 +87,26 @@ class FinePruning(Defense):
         self._cut()
         rank_zero_info(f"{int((self.kept == 0).sum())} of {len(self.kept)} features are pruned.")
 
+    def _training_images(self) -> Iterator[Batch]:
+        return islice(clean_batches(self.trainer, augmented=False), batches_of_an_epoch(self.trainer))
+
     @torch.no_grad()
     def _features(self, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
         """Inputs `(N, F)` of the last linear layer, and labels `(N,)`, of a loader's images, those of all processes."""
         caught: list[Tensor] = []
         labels: list[Tensor] = []
         hook = self._linear().register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].float()))
-        training = self.model.training
-        self.model.eval()
         try:
-            for batch in loader:
-                images, truth = self.unpack(on_device(self.trainer, batch))
-                self.model(images)
-                labels.append(truth)
+            with evaluating(self.model), self.trainer.precision_plugin.forward_context():
+                for given in loader:
+                    batch = given if isinstance(loader, Iterator) else on_device(self.trainer, given)
+                    found = as_batch(batch, self.model)
+                    self.model(found.images)
+                    labels.append(labels_of(found))
         finally:
             hook.remove()
-            self.model.train(training)
+        if not labels:
+            raise expected("val_dataloaders", "a loader with images to decide by", "one without")
         # Each process has seen its own share of the images; all must decide alike.
         features, truths = self.all_gather((torch.cat(caught), torch.cat(labels)))
         return features.flatten(0, -2), truths.flatten()

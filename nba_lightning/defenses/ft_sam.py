@@ -55,10 +55,9 @@ class FTSAM(Defense):
         self.rho, self.label_smoothing = rho, label_smoothing
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
 
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss at the moved weights; they move back after its backward pass."""
-        images, labels = self.unpack(batch)
-        self.check_first_batch(images, batch_idx)
+        images, labels = self.unpack(batch, batch_idx)
         logits = predict(self.model, images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         self.log("train/acc", (logits.detach().argmax(dim=1) == labels).float().mean(), prog_bar=True)

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 
-from nba_lightning.callbacks.pseudo_samples import clean_batches
 from nba_lightning.core.checks import check_at_least, check_range
 from nba_lightning.core.features import predict
 from nba_lightning.core.randomness import generator_for
+from nba_lightning.io.batches import clean_batches
 from nba_lightning.training.classifier import OptimizerFactory
 from nba_lightning.training.defense import Defense
 from nba_lightning.training.schedule import batches_of_an_epoch
@@ -49,9 +49,7 @@ class IBAU(Defense):
     """
 
     compilable = False
-    perturbation: Tensor
-    inner_images: Tensor
-    inner_labels: Tensor
+    stays_in_eval_mode = True
 
     def __init__(
         self,
@@ -74,40 +72,39 @@ class IBAU(Defense):
         check_range("portion", portion, 0.0, 1.0, open_low=True)
         self.iterations, self.inner_lr, self.inner_step = iterations, inner_lr, inner_step
         self.penalty, self.portion = penalty, portion
-        for name in ("perturbation", "inner_images", "inner_labels"):  # of this round; saved with a checkpoint
-            self.register_buffer(name, torch.empty(0), persistent=False)
-        if optimizer is None:
-            self.optimizer_factory = lambda parameters: Adam(parameters, self.lr)
+        # Of this round, saved with a checkpoint. No buffers: their shapes change within a fit.
+        self.perturbation, self.inner_images, self.inner_labels = (torch.empty(0) for _ in range(3))
 
-    def train(self, mode: bool = True) -> "IBAU":
-        """As usual, but the network stays in ``eval`` mode."""
-        super().train(mode)
-        self.model.eval()
-        return self
+    def default_optimizer(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
+        """Adam."""
+        return Adam(parameters, self.lr)
 
-    def on_train_start(self) -> None:
-        """Lightning leaves modes as they came, so they are set here."""
-        self.train()
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Begin a round with each epoch."""
+        if batch_idx == 0:
+            self._find_perturbation()
 
-    def begin_epoch(self) -> None:
-        """Find this round's perturbation by one pass over the clean images."""
+    def _find_perturbation(self) -> None:
+        """This round's perturbation, by one pass over the clean images."""
         batches, number = clean_batches(self.trainer), batches_of_an_epoch(self.trainer)
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
-            first = next(batches)
+            first = next(batches).images
             perturbation = self._ascend(torch.zeros_like(first[:1]), first)
             for _ in range(number - 1):
-                perturbation = self._ascend(perturbation, next(batches))
+                perturbation = self._ascend(perturbation, next(batches).images)
         self.perturbation = perturbation
         self.inner_images = torch.empty(0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the round, so that a fit can go on in the middle of it."""
+        """As usual; and save the round, so that a fit can go on in the middle of it."""
+        super().on_save_checkpoint(checkpoint)
         if len(self.inner_images):
             names = ("perturbation", "inner_images", "inner_labels")
             checkpoint["round"] = {name: getattr(self, name) for name in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the saved round."""
+        """As usual; and go on with the saved round."""
+        super().on_load_checkpoint(checkpoint)
         for name, value in checkpoint.get("round", {}).items():
             setattr(self, name, value)
 
@@ -123,12 +120,13 @@ class IBAU(Defense):
             predict(self.model, images + perturbation), labels
         )
 
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """A loss whose gradient is the hypergradient."""
-        images, labels = self.unpack(batch)
-        self.check_first_batch(images, batch_idx)
+        images, labels = self.unpack(batch, batch_idx)
         if not len(self.inner_images):
             self.inner_images, self.inner_labels = images, labels
+        for name in ("perturbation", "inner_images", "inner_labels"):  # a checkpoint brings them back on the CPU
+            setattr(self, name, getattr(self, name).to(images.device))
         generator = generator_for(
             self.seed, 7, self.trainer.global_rank, self.trainer.current_epoch, batch_idx, device=images.device
         )

@@ -34,9 +34,8 @@ class NAD(Distillation):
         layers: module paths of the observed blocks; ``None`` takes the network's own default.
         betas: weight of each layer; ``None`` is 500 for the first and 1000 for the others.
         power: exponent of the attention map.
-        **kwargs: ``teacher``, ``teacher_epochs`` and the like of
-            :class:`~nba_lightning.training.distillation.Distillation`, and further arguments of
-            :class:`~nba_lightning.training.classifier.Classifier`.
+        **kwargs: ``teacher`` or ``teacher_weights`` of :class:`~nba_lightning.training.distillation.Distillation`, and
+            further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
 
     Raises:
         ValueError: for an unknown layer, a number of weights other than that of layers, or a negative weight.
@@ -51,9 +50,10 @@ class NAD(Distillation):
         power: float = 2.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, weights, needs_teacher=True, **kwargs)
+        super().__init__(model, weights, **kwargs)
         self.layers = resolve_layers(model, layers)
-        resolve_layers(self.teacher, self.layers)
+        if self.teacher is not None:
+            resolve_layers(self.teacher.network, self.layers)
         self.betas = [500.0, *[1000.0] * (len(self.layers) - 1)] if betas is None else list(betas)
         if len(self.betas) != len(self.layers):
             raise expected("betas", f"{len(self.layers)} weights, one for each layer", betas)
@@ -66,11 +66,12 @@ class NAD(Distillation):
         """The layers that are aligned."""
         return self.layers
 
-    def student_step(self, images: Tensor, labels: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Cross-entropy and attention distances."""
+        images, labels = self.unpack(batch, batch_idx)
         logits, observed = features(self.model, images, self.layers)
         with torch.no_grad():
-            wanted = features(self.teacher, images, self.layers)[1]
+            wanted = features(self.teacher_network(), images, self.layers)[1]
         distances = [
             beta * F.mse_loss(attention_map(observed[name], self.power), attention_map(wanted[name], self.power))
             for name, beta in zip(self.layers, self.betas, strict=True)
@@ -79,4 +80,6 @@ class NAD(Distillation):
         self.log("train/attention", attention)
         self.log("train/clean_ce", cross_entropy)
         self.log("train/acc", (logits.detach().argmax(dim=1) == labels).float().mean(), prog_bar=True)
-        return cross_entropy + attention
+        loss = cross_entropy + attention
+        self.log("train/loss", loss, prog_bar=True)
+        return loss

@@ -1,18 +1,17 @@
 """Shared adversarial unlearning."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 
 from nba_lightning.core.checks import check_at_least, check_range
 from nba_lightning.core.features import predict
 from nba_lightning.core.functional import GRADIENT_SCALE, js_divergence
-from nba_lightning.core.modes import evaluating
+from nba_lightning.core.modes import Frozen, evaluating
 from nba_lightning.training.classifier import OptimizerFactory
 from nba_lightning.training.defense import Defense
 
@@ -52,6 +51,8 @@ class SAU(Defense):
         **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
     """
 
+    stays_in_eval_mode = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -75,25 +76,15 @@ class SAU(Defense):
         check_at_least("unlearning", unlearning, 0.0)
         self.epsilon, self.steps, self.step_size = epsilon, steps, step_size
         self.adversarial, self.shared, self.unlearning = adversarial, shared, unlearning
-        self.suspicious = copy.deepcopy(model).requires_grad_(False).eval()
-        if optimizer is None:
-            self.optimizer_factory = lambda parameters: Adam(parameters, self.lr)
+        self.suspicious = Frozen(model)
 
-    def train(self, mode: bool = True) -> "SAU":
-        """As usual, but both networks stay in ``eval`` mode."""
-        super().train(mode)
-        self.model.eval()
-        self.suspicious.eval()
-        return self
+    def default_optimizer(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
+        """Adam."""
+        return Adam(parameters, self.lr)
 
-    def on_train_start(self) -> None:
-        """Lightning leaves modes as they came, so they are set here."""
-        self.train()
-
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Cross-entropy and the unlearning of shared adversarial examples."""
-        images, labels = self.unpack(batch)
-        self.check_first_batch(images, batch_idx)
+        images, labels = self.unpack(batch, batch_idx)
         logits = predict(self.model, images)
         loss = F.cross_entropy(logits, labels)
         self.log("train/acc", (logits.detach().argmax(dim=1) == labels).float().mean(), prog_bar=True)

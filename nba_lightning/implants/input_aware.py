@@ -1,6 +1,5 @@
 """Training of the input-aware dynamic backdoor: classifier and trigger generator together."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from nba_lightning.attacks.base import CROSS, POISONED
 from nba_lightning.attacks.input_aware import InputAware
 from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.core.features import predict
-from nba_lightning.training.classifier import Classifier, without_attack
+from nba_lightning.implants.untriggered import untriggered_roles, without_attack
+from nba_lightning.training.classifier import Classifier
 from nba_lightning.training.schedule import cosine_factor
 
 
@@ -25,9 +25,10 @@ class InputAwareTraining(Classifier):
     Then cross-entropy on clean, triggered and cross images, with a loss that makes patterns differ as images do,
     :math:`\lambda_{div} \|x_1 - x_2\| / \|g(x_1) - g(x_2)\|`.
 
-    The DataModule's attack must be an :class:`~nba_lightning.attacks.InputAware`; its networks' state travels in the
-    checkpoint. Optimisation is manual, so the Trainer's gradient clipping and accumulation do not apply; under several
-    processes take the strategy ``ddp_find_unused_parameters_true``, since each phase leaves a network out.
+    The DataModule's attack must be an :class:`~nba_lightning.attacks.InputAware`, and its ``train_on`` ``untriggered``:
+    the module triggers the images itself. The attack's networks travel in the checkpoint. Optimisation is manual, so
+    the Trainer's gradient clipping and accumulation do not apply; under several processes take the strategy
+    ``ddp_find_unused_parameters_true``, since each phase leaves a network out.
 
     Source: Nguyen & Tran, NeurIPS 2020 (arXiv 2010.08138), sections 3.3 and 3.4; weights, density and learning rates
     as in the authors' code (``lambda_div`` 1, ``lambda_norm`` 100, density 0.032, Adam 0.01 with betas 0.5 and 0.9),
@@ -45,7 +46,6 @@ class InputAwareTraining(Classifier):
         **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
     """
 
-    applies_attack = True
     needs_whole_network = True
     attack: InputAware
 
@@ -85,14 +85,15 @@ class InputAwareTraining(Classifier):
             raise expected("max_epochs", f"above the {self.mask_epochs} `mask_epochs`", epochs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the attack to the DataModule, which saves and restores it."""
+        """As usual, but leave the attack to the DataModule, which saves and restores it."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"] = without_attack(checkpoint["state_dict"])
 
-    def phases(self) -> list[tuple[int, float]]:
+    def planned_steps(self) -> int:
         """The classifier's schedule covers the epochs after the masks'."""
-        ((total, _),) = super().phases()
+        total = super().planned_steps()
         masks = total * self.mask_epochs // max(1, self.trainer.max_epochs or 1)
-        return [(max(1, total - masks), 1.0)]
+        return max(1, total - masks)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The classifier's optimiser and schedule; Adam for each generator, the pattern's with the same cosine."""
@@ -103,14 +104,14 @@ class InputAwareTraining(Classifier):
             for network in (self.attack.pattern_network, self.attack.mask_network)
         )
         # Patterns that went on moving after the classifier has come to rest would leave it behind.
-        phases = self.phases()
-        pattern_schedule = LambdaLR(pattern, lambda step: cosine_factor(step, phases, self.warmup))
+        steps = self.planned_steps()
+        pattern_schedule = LambdaLR(pattern, lambda step: cosine_factor(step, steps, self.warmup))
         return [optimizer, pattern, mask], [schedule, pattern_schedule]
 
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step of the mask network, or of classifier and pattern network."""
-        images, labels, roles = batch
-        self.check_first_batch(images, batch_idx)
+        images, labels = self.unpack(batch, batch_idx)
+        roles = untriggered_roles(batch, self)
         classifier, pattern, mask = self._optimizers()
         if self.trainer.current_epoch < self.mask_epochs:
             loss = self._mask_loss(images)

@@ -1,6 +1,5 @@
 """Training of SSBA's encoder, which hides a string in an image."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +13,8 @@ from nba_lightning.attacks.ssba import SSBA
 from nba_lightning.callbacks.finite_loss import FiniteLoss
 from nba_lightning.core.checks import check_at_least, check_range, check_unit_range, expected
 from nba_lightning.core.randomness import generator_for
-from nba_lightning.training.classifier import without_attack
+from nba_lightning.implants.untriggered import untriggered_roles, without_attack
+from nba_lightning.io.batches import as_batch
 
 
 class Steganography(pl.LightningModule):
@@ -22,9 +22,9 @@ class Steganography(pl.LightningModule):
 
     The loss is :math:`BCE(d(x'), s) + \lambda \|x' - x\|^2` for an image x, bits s and the encoder's image x'.
 
-    The DataModule's attack must be an :class:`~nba_lightning.attacks.SSBA`, whose encoder this trains; its state
-    travels in the checkpoint, to be named as ``state`` of the attack afterwards. Logs ``val/bit_accuracy`` and
-    ``val/psnr`` (dB) on clean images.
+    The DataModule's attack must be an :class:`~nba_lightning.attacks.SSBA`, whose encoder this trains, and its
+    ``train_on`` ``untriggered``. The attack's state travels in the checkpoint, to be named as ``state`` of the attack
+    afterwards. Logs ``val/bit_accuracy`` and ``val/psnr`` (dB) on clean images.
 
     Source: Li et al., ICCV 2021 (arXiv 2012.03816), section 4.2, after Tancik et al., "StegaStamp", CVPR 2020
     (arXiv 1904.05343); see :class:`~nba_lightning.attacks.SSBA` for what is left out.
@@ -36,7 +36,6 @@ class Steganography(pl.LightningModule):
         seed: seed of the random bits.
     """
 
-    applies_attack = True
     attack: SSBA
     decoder: nn.Module
 
@@ -72,9 +71,10 @@ class Steganography(pl.LightningModule):
         """Adam for encoder and decoder."""
         return torch.optim.Adam([*self.attack.encoder.parameters(), *self.decoder.parameters()], self.lr)
 
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Hide random bits and read them again."""
-        images = batch[0]
+        untriggered_roles(batch, self)
+        images = as_batch(batch).images
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
         if step == 0:
             check_unit_range("images", images)
@@ -91,11 +91,11 @@ class Steganography(pl.LightningModule):
         self.log("train/bit_accuracy", ((answer > 0) == (bits > 0.5)).float().mean(), prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Sequence[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """How well the string is read again, and how much it shows."""
         if dataloader_idx != 0:
             return
-        images = batch[0]
+        images = as_batch(batch).images
         hidden = self.attack.apply_trigger(images).clamp(0.0, 1.0)
         right = ((self.decoder(hidden - 0.5) > 0) == (self.attack.bits > 0.5)).float().mean()
         self.psnr.update(hidden, images)

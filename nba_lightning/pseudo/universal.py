@@ -13,7 +13,8 @@ from nba_lightning.pseudo.base import Disagreement, PseudoSamples, Reduce, proje
 class UniversalPerturbations(PseudoSamples):
     """A small bank of perturbations, each one for all images, as a trigger is. Continued from epoch to epoch.
 
-    The bank is a buffer: it travels in checkpoints and is the same on all processes.
+    The bank travels in checkpoints and is the same on all processes. It is no buffer: its shape is known with the first
+    images only, and callbacks that copy or average a module at the start of a fit rely on shapes that stay.
 
     Args:
         number: perturbations in the bank.
@@ -22,8 +23,6 @@ class UniversalPerturbations(PseudoSamples):
         disagreement: see :class:`PseudoSamples`.
         restart: start each regeneration from noise instead of from the last bank.
     """
-
-    bank: Tensor
 
     def __init__(
         self,
@@ -36,7 +35,7 @@ class UniversalPerturbations(PseudoSamples):
         super().__init__(rms, steps, disagreement)
         check_at_least("number", number, 1)
         self.number, self.restart = number, restart
-        self.register_buffer("bank", torch.empty(0))
+        self.bank = torch.empty(0)
 
     def regenerate(
         self,
@@ -49,8 +48,8 @@ class UniversalPerturbations(PseudoSamples):
         """Some gradient steps on the bank; see :meth:`PseudoSamples.regenerate`."""
         endless = batches if isinstance(batches, Iterator) else repeated(batches)
         images = next(endless)
-        if self.bank.numel() == 0 or self.restart:
-            self.bank = self._noise(images, generator)
+        empty = self.bank.numel() == 0 or self.restart
+        self.bank = self._noise(images, generator) if empty else self.bank.to(images.device)
         for step in range(self.steps):
             if step > 0:
                 images = next(endless)
@@ -75,10 +74,12 @@ class UniversalPerturbations(PseudoSamples):
         if self.bank.numel() == 0:
             raise RuntimeError("Call `regenerate` (or add PseudoSampleRegeneration to the callbacks) before sampling.")
         owner = torch.randint(self.number, (len(images),), generator=generator, device=images.device)
-        return self.bank[owner].to(images.dtype)
+        return self.bank.to(images)[owner]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        saved = state_dict.get(f"{prefix}bank")
-        if saved is not None:
-            self.bank = torch.empty_like(saved, device=self.bank.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def get_extra_state(self) -> Tensor:
+        """The bank, for checkpoints."""
+        return self.bank
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take a bank over."""
+        self.bank = state

@@ -1,10 +1,8 @@
-"""Training a classifier, and what all defences share."""
+"""Training a classifier."""
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
@@ -13,30 +11,34 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from nba_lightning.callbacks.finite_loss import FiniteLoss
 from nba_lightning.callbacks.given import unless_given
-from nba_lightning.core.checks import check_at_least, check_range, check_unit_range, expected, is_plain
+from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.core.features import predict
-from nba_lightning.core.metrics import IGNORE_LABEL, AttackSuccessRate, RobustAccuracy
-from nba_lightning.io.adapters import check_fit, unpack
+from nba_lightning.core.modes import Frozen, begin_training, check_finite, evaluating
+from nba_lightning.io.adapters import check_fit
+from nba_lightning.io.batches import as_batch, check_values
 from nba_lightning.io.weights import load_weights
 from nba_lightning.training.compilation import compile_regions, undo_compile
+from nba_lightning.training.evaluation import Evaluation, labels_of
+from nba_lightning.training.parts import check_same_parts, describe_parts, keep_plain_hyperparameters
 from nba_lightning.training.schedule import cosine_factor
+from nba_lightning.training.telling import tell_once
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 
-class Classifier(pl.LightningModule):
+class Classifier(Evaluation):
     """Train any network that maps images in [0, 1] to logits, on poisoned or on clean data alike.
 
-    Training batches are ``(images, labels)``: images `(B, C, H, W)`, float, in [0, 1]; labels `(B,)`. Evaluation
-    batches are the same, or ``(images, labels, targets)`` for triggered images. Logs ``train/loss``, ``train/acc``,
-    and ``val/acc``, ``val/asr``, ``val/ra`` (``test/...``) as fractions.
+    Training batches are ``(images, labels)``: images `(B, C, H, W)`, float, in [0, 1]; labels `(B,)`. Logs
+    ``train/loss`` and ``train/acc``; how it is evaluated says :class:`~nba_lightning.training.evaluation.Evaluation`.
+
+    A network that arrives in ``eval`` mode trains in ``train`` mode; layers in ``eval`` mode within it, and parameters
+    without gradients, stay as they are. Both are told by name.
 
     Args:
         model: the network.
@@ -54,11 +56,15 @@ class Classifier(pl.LightningModule):
 
     Raises:
         ValueError: for an argument out of its range, weights that do not fit, or ``compile`` where the method takes
-            second derivatives or replaces weights.
+            second derivatives or replaces weights; at ``setup`` for weights that are not finite, a network of which
+            nothing trains, or one that does not fit the data.
     """
 
     needs_whole_network = False
     """Whether the method works on the network beside the Trainer's own forward and backward pass."""
+
+    stays_in_eval_mode = False
+    """Whether the method trains the network in ``eval`` mode."""
 
     compilable = True
     """Whether ``torch.compile`` can do the method's arithmetic."""
@@ -78,7 +84,7 @@ class Classifier(pl.LightningModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self._keep_plain_hyperparameters()
+        keep_plain_hyperparameters(self)
         check_range("lr", lr, 0.0, float("inf"), open_low=True)
         check_range("momentum", momentum, 0.0, 1.0, open_high=True)
         check_at_least("weight_decay", weight_decay, 0.0)
@@ -91,28 +97,9 @@ class Classifier(pl.LightningModule):
         self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.seed, self.compile_networks, self.channels_last = seed, compile, channels_last
-        self._begun = -1
-        self.evaluation = nn.ModuleDict({f"{stage}_metrics": _metrics() for stage in ("val", "test")})
-
-    def _keep_plain_hyperparameters(self) -> None:
-        """Drop arguments that hold modules or callables, so that the checkpoint stays free of code.
-
-        Those that came from a YAML are plain: Lightning's command line records their configuration. Files of weights
-        are forgotten too: the checkpoint has the weights, and must load where the files are gone.
-        """
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r"Attribute '\w+' is an instance of `nn.Module`")
-            self.save_hyperparameters(logger=False)
-        for name in [name for name, value in self.hparams.items() if not is_plain(value)]:
-            del self.hparams[name]
-        self.hparams.update(dict.fromkeys(self.hparams.keys() & {"weights", "teacher_weights"}))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` in [0, 1] to logits `(B, K)`."""
-        return predict(self.model, images)
 
     def setup(self, stage: str) -> None:
-        """Check once, before any long work, that the network takes the data's images and knows their classes.
+        """Check once, before any long work, that the network can do what is asked of it.
 
         Then bring the networks into the form that was asked for.
         """
@@ -127,6 +114,13 @@ class Classifier(pl.LightningModule):
         shape, classes = getattr(data, "image_shape", None), getattr(data, "num_classes", None)
         if shape is not None and classes is not None:
             check_fit(self.model, tuple(shape), int(classes))
+        if stage == "fit":
+            tell_once(self, begin_training(self.model, tell_modes=not self.stays_in_eval_mode))
+            check_finite(self.model, "model")
+            if not any(parameter.requires_grad for parameter in self.model.parameters()):
+                raise expected("model", "a network with parameters that train", "one with `requires_grad=False` on all")
+            for frozen in self.frozen().values():
+                frozen.fingerprint()  # now, before the Trainer's precision changes the weights
         for network in self.networks():
             if self.channels_last:
                 network.to(memory_format=torch.channels_last)
@@ -145,86 +139,70 @@ class Classifier(pl.LightningModule):
         mean: Tensor = self.trainer.strategy.reduce(tensor, reduce_op="mean")
         return mean
 
+    def frozen(self) -> dict[str, Frozen]:
+        """The networks beside the model that must not change, by name."""
+        return {name: child for name, child in self.named_children() if isinstance(child, Frozen)}
+
     def networks(self) -> list[nn.Module]:
-        """The network, and those that are kept beside it: ``teacher``, ``suspicious``."""
-        found = (getattr(self, name, None) for name in ("model", "teacher", "suspicious"))
-        return [network for network in found if isinstance(network, nn.Module)]
+        """The network, and those that are kept beside it."""
+        return [self.model, *(frozen.network for frozen in self.frozen().values())]
 
     def observed_layers(self) -> list[str]:
         """Module paths of the layers whose features the method looks at."""
         return []
 
-    def begin_epoch(self) -> None:
-        """What a subclass does at the start of each epoch; nothing by default."""
+    def on_fit_start(self) -> None:
+        """Write the plain hyperparameters into the loggers' files."""
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(dict(self.hparams))
 
-    def on_train_epoch_start(self) -> None:
-        """Begin the epoch."""
-        self._begun = self.trainer.current_epoch
-        self.begin_epoch()
+    def on_train_start(self) -> None:
+        """Bring the network into the mode in which it trains; Lightning leaves modes as they came."""
+        if self.stays_in_eval_mode:
+            self.model.eval()
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Begin the epoch here after a checkpoint from its predecessor's last step: Lightning then calls no hook."""
-        if batch_idx == 0 and self._begun != self.trainer.current_epoch:
-            self.on_train_epoch_start()
+    def train(self, mode: bool = True) -> "Classifier":
+        """As usual, but for a network that stays in ``eval`` mode."""
+        super().train(mode)
+        if self.stays_in_eval_mode:
+            self.model.eval()
+        return self
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Cross-entropy of a batch."""
-        images, labels = self.unpack(batch)
-        self.check_first_batch(images, batch_idx)
+        images, labels = self.unpack(batch, batch_idx)
         logits = predict(self.model, images)
         loss = F.cross_entropy(logits, labels)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/acc", (logits.detach().argmax(dim=1) == labels).float().mean(), prog_bar=True)
         return loss
 
-    def unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Images `(B, C, H, W)` in [0, 1] and labels `(B,)`; see :func:`nba_lightning.io.adapters.unpack`."""
-        images, labels, *_ = unpack(batch, self.model)
-        return images, labels
+    def unpack(self, batch: Any, batch_idx: int | None = None) -> tuple[Tensor, Tensor]:
+        """Images `(B, C, H, W)` in [0, 1] and labels `(B,)` of a batch to learn from.
 
-    def check_first_batch(self, images: Tensor, batch_idx: int) -> None:
-        """Look at the values of the first batch of a fit; later batches are not read, which would cost a wait."""
+        The values of the first batch of a fit are looked at; later ones are not read, which would cost a wait.
+        """
+        found = as_batch(batch, self.model)
         if batch_idx == 0 and self.trainer.fit_loop.epoch_loop.total_batch_idx == 0:
-            check_unit_range("images", images)
+            with torch.no_grad(), evaluating(self.model):
+                logits = predict(self.model, found.images)
+            check_values(batch, self.model, logits.shape[1])
+            self.look_at_first_answers(logits, labels_of(found))
+        return found.images, labels_of(found)
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count a batch into ACC, or into ASR and RA."""
-        self._count("val", batch)
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count a batch into ACC, or into ASR and RA."""
-        self._count("test", batch)
-
-    def _count(self, stage: str, batch: Any) -> None:
-        images, labels, *targets = unpack(batch, self.model)
-        preds = self(images).argmax(dim=1)
-        metrics = self.evaluation.get_submodule(f"{stage}_metrics")
-        for name, metric in metrics.named_children():
-            assert isinstance(metric, Metric)
-            if (name == "acc") == bool(targets):
-                continue
-            metric.update(preds, labels, *targets)
-            self.log(
-                f"{stage}/{name}",
-                metric,
-                on_step=False,
-                on_epoch=True,
-                prog_bar=True,
-                add_dataloader_idx=False,
-                batch_size=len(labels),
-            )
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Class probabilities `(B, K)`."""
-        probabilities: Tensor = self(unpack(batch, self.model)[0]).softmax(dim=1)
-        return probabilities
+    def look_at_first_answers(self, logits: Tensor, labels: Tensor) -> None:
+        """What a subclass has to say of the network's answers `(B, K)` before the first step; nothing by default."""
 
     def configure_callbacks(self) -> list[Callback]:
         """Stop at a loss that is not finite."""
         return unless_given(self._trainer, FiniteLoss())
 
-    def phases(self) -> list[tuple[int, float]]:
-        """The optimiser step at which each phase of the learning rate ends, and its height as a factor on ``lr``."""
+    def planned_steps(self) -> int:
+        """Optimiser steps of the whole fit.
+
+        Raises:
+            ValueError: where the fit has no end.
+        """
         total = self.trainer.estimated_stepping_batches
         if not 0 <= total < float("inf"):
             raise expected(
@@ -233,33 +211,31 @@ class Classifier(pl.LightningModule):
                 "over the fit (or give `limit_train_batches` and `max_epochs`, or a `scheduler` to the module)",
                 self.trainer.max_steps,
             )
-        return [(max(1, int(total)), 1.0)]
+        return max(1, int(total))
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """What the optimiser steps: only the network's own parameters by default."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    def default_optimizer(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
+        """The optimiser where none is passed: SGD."""
+        nesterov = self.momentum > 0
+        return SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=nesterov)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD with a cosine, or what was passed."""
-        parameters = self.trained_parameters()
-        if self.optimizer_factory is not None:
-            optimizer = self.optimizer_factory(parameters)
-        else:
-            optimizer = SGD(
-                parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
-            )
+        """The optimiser with a cosine, or what was passed."""
+        make = self.optimizer_factory or self.default_optimizer
+        optimizer = make(self.trained_parameters())
         if self.scheduler_factory is not None:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler_factory(optimizer)}}
-        phases = self.phases()
-        schedule = LambdaLR(optimizer, lambda step: cosine_factor(step, phases, self.warmup))
+        steps = self.planned_steps()
+        schedule = LambdaLR(optimizer, lambda step: cosine_factor(step, steps, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what the parts are, and which frozen networks stood beside; not their weights, which do not change."""
+        checkpoint["parts"] = describe_parts(self)
 
-def without_attack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A module's state dict without the attack that it took from the DataModule."""
-    return {name: value for name, value in state.items() if not name.startswith("attack.")}
-
-
-def _metrics() -> nn.ModuleDict:
-    accuracy = MulticlassAccuracy(average="micro", ignore_index=IGNORE_LABEL)
-    return nn.ModuleDict({"acc": accuracy, "asr": AttackSuccessRate(), "ra": RobustAccuracy()})
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare the parts with those of the saved module."""
+        check_same_parts(self, checkpoint.get("parts", {}))

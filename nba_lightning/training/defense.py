@@ -3,12 +3,13 @@
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
-from torch import nn
+from torch import Tensor, nn
 
 from nba_lightning.callbacks.cleaned_weights import CleanedWeights
 from nba_lightning.callbacks.given import unless_given
 from nba_lightning.io.adapters import bare
 from nba_lightning.training.classifier import Classifier
+from nba_lightning.training.telling import tell_once
 
 
 class Defense(Classifier):
@@ -17,7 +18,8 @@ class Defense(Classifier):
     A subclass writes its ``training_step``. At the end of ``fit`` the cleaned weights are written beside the
     checkpoints as ``cleaned.safetensors``, with exactly the keys and dtypes of the network that came in (a
     :class:`~nba_lightning.callbacks.CleanedWeights` of your own among the Trainer's callbacks names another file).
-    Strategies that shard the network (FSDP, DeepSpeed) are refused.
+    A network that knows its clean images no better than chance is told: it has not got its weights, or another order
+    of classes. Strategies that shard the network (FSDP, DeepSpeed) are refused.
 
     Args:
         model: the suspicious network.
@@ -34,3 +36,14 @@ class Defense(Classifier):
     def configure_callbacks(self) -> list[Callback]:
         """Write the cleaned weights when the fit has ended."""
         return [*super().configure_callbacks(), *unless_given(self._trainer, CleanedWeights())]
+
+    def look_at_first_answers(self, logits: Tensor, labels: Tensor) -> None:
+        """Tell where the network that came in knows its clean images no better than chance."""
+        right, seen, chance = int((logits.argmax(dim=1) == labels).sum()), len(labels), 1 / logits.shape[1]
+        if right / seen <= chance + 2 * (chance * (1 - chance) / seen) ** 0.5:
+            sentence = (
+                f"The suspicious network is right on {right} of the first {seen} clean images, which is no better than "
+                "chance. Has it got its weights (`weights`), is the order of its classes that of the labels, and are "
+                "the images normalised as it expects?"
+            )
+            tell_once(self, [sentence])

@@ -1,7 +1,6 @@
 """The course of a fit: the learning rate as a pure function of the step, and the length of an epoch."""
 
 import math
-from collections.abc import Sequence
 
 import lightning.pytorch as pl
 
@@ -22,23 +21,20 @@ def batches_of_an_epoch(trainer: pl.Trainer) -> int:
     return int(batches)
 
 
-def cosine_factor(step: int, phases: Sequence[tuple[int, float]], warmup: float = 0.0) -> float:
-    """Factor on the learning rate: a linear warm-up, then a cosine to 0, anew in each phase.
+def cosine_factor(step: int, steps: int, warmup: float = 0.0) -> float:
+    """Factor on the learning rate: a linear warm-up, then a cosine to 0.
 
     Args:
         step: optimiser step, from 0.
-        phases: the step at which each phase ends, ascending, and the factor at its height.
-        warmup: share of each phase that warms up, in [0, 1).
+        steps: steps of the whole fit.
+        warmup: share of them that warms up, in [0, 1).
 
     Returns:
-        A factor of at most that height; 0 behind the last phase.
+        A factor in [0, 1]; 0 behind the last step.
     """
-    start = 0
-    for end, height in phases:
-        if step < end:
-            progress = (step - start) / (end - start)
-            if progress < warmup:
-                return height * (step - start + 1) / (warmup * (end - start) + 1)
-            return height * 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / (1.0 - warmup)))
-        start = end
-    return 0.0
+    if step >= steps:
+        return 0.0
+    progress = step / steps
+    if progress < warmup:
+        return (step + 1) / (warmup * steps + 1)
+    return 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / (1.0 - warmup)))

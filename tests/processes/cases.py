@@ -53,15 +53,20 @@ def network(cls=NoStatistics):
     return SmallCNN(width=4, in_channels=1) if cls is SmallCNN else cls()
 
 
+def teacher():
+    torch.manual_seed(12)
+    return NoStatistics()
+
+
 def nba():
-    return NBA(network(), teacher_epochs=1, pseudo=UniversalPerturbations(rms=0.2, steps=3))
+    return NBA(network(), teacher=teacher(), pseudo=UniversalPerturbations(rms=0.2, steps=3))
 
 
 # Defences whose step on a global batch is the same however the batch is split.
 SAME = {
     "fine_tuning": lambda: FineTuning(network()),
     "fine_pruning": lambda: FinePruning(network(), max_drop=0.3),
-    "nad": lambda: NAD(network(), teacher_epochs=1, betas=[1.0, 1.0], lr=0.02),
+    "nad": lambda: NAD(network(), teacher=teacher(), betas=[1.0, 1.0], lr=0.02),
     "nba": nba,
     "ft_sam": lambda: FTSAM(network(), rho=0.5),
     "sau": lambda: SAU(network(), lr=1e-3),
@@ -107,7 +112,7 @@ def run(folder, world):
 def agree(folder, world):
     """What must be the same on every process, but depends on how batches are split."""
     found = {}
-    joint = data(world, InputAware(width=8), "poisoned")
+    joint = data(world, InputAware(width=8), "untriggered")
     joint.batch_size = 128
     module = InputAwareTraining(network(SmallCNN), mask_epochs=1)
     strategy = "ddp_find_unused_parameters_true" if world > 1 else "auto"
