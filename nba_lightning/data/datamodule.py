@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nba_lightning.attacks.base import CROSS, POISONED, Attack, attack_name
+from nba_lightning.attacks.base import CROSS, POISONED, Attack
 from nba_lightning.core.augmentation import RandomCropFlip
 from nba_lightning.core.checks import check_at_least, check_choice, check_range, expected
 from nba_lightning.core.metrics import IGNORE_LABEL
@@ -18,6 +18,7 @@ from nba_lightning.data.dataset import Batches, LabeledImages, ReplacedImages
 from nba_lightning.data.partition import Partition, draw_partition
 from nba_lightning.data.sampler import ResumableLoader, SeededSampler
 from nba_lightning.data.sources import Digits, Source
+from nba_lightning.io.attack_state import attack_name
 
 
 def _identity(batch: Any) -> Any:
