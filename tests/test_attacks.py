@@ -25,7 +25,7 @@ from nba_lightning.attacks.base import CLEAN, CROSS, POISONED
 from nba_lightning.attacks.bpp import floyd_steinberg
 from nba_lightning.attacks.ftrojan import dct_matrix
 from nba_lightning.core.features import features
-from nba_lightning.core.randomness import generator_for
+from nba_lightning.core.randomness import generator_for, shuffled
 from nba_lightning.io.weights import save_weights
 from nba_lightning.networks import SmallCNN
 from tests.attack_zoo import ATTACKS, TinySet, arguments, build, compute
@@ -261,6 +261,26 @@ def test_badnets_positions(position, corner):
     assert len(marked) == 4
 
 
+@pytest.mark.parametrize(
+    ("pattern", "size", "rows"),
+    [
+        ("checkerboard", 3, ["001", "010", "101"]),  # data_loader.py of NAD and ABL, poison_cifar.py of ANP
+        ("checkerboard", 6, ["000011", "000011", "001100", "001100", "110011", "110011"]),
+        ("checkerboard", 4, ["0011", "0100", "1011", "1011"]),
+        ("checkerboard", 2, ["10", "01"]),
+        ("checkerboard", 1, ["1"]),
+        ("fine-checkerboard", 3, ["101", "010", "101"]),
+        ("white", 2, ["11", "11"]),
+        ("black", 2, ["00", "00"]),
+    ],
+)
+def test_badnets_patterns(pattern, size, rows):
+    attack = BadNets(pattern=pattern, size=size)
+    attack.prepare((1, 8, 8), 2)
+    patch = attack(torch.full((1, 1, 8, 8), 0.5))[0, 0, -size:, -size:]
+    assert patch.int().tolist() == [[int(value) for value in row] for row in rows]
+
+
 def test_badnets_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="Expected `size` to be at most the image's 8 pixels, but got 9"):
         BadNets(size=9).prepare((1, 8, 8), 10)
@@ -395,6 +415,21 @@ def test_lf_optimises_against_a_surrogate():
         losses.append(F.cross_entropy(logits, torch.zeros(60, dtype=torch.long)).item())
         assert attack.pattern.square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-4)
     assert losses[1] < losses[0] - 0.05
+
+
+def test_lf_applies_the_trigger_that_it_optimises():
+    """What the surrogate sees in the third step is what the attack of two steps makes of these images."""
+    surrogate, data, seen = SmallCNN(width=4).eval(), TinySet((3, 16, 16)), []
+    for steps in (2, 3):
+        attack = LF(surrogate, amplitude=0.3, steps=steps)
+        attack.prepare((3, 16, 16), 10)
+        attack.surrogate.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+        if steps == 2:
+            earlier = attack
+        compute(attack, data)
+    images = data.images[torch.arange(50)[shuffled(50, 0)]].float() / 255
+    torch.testing.assert_close(seen[-1], earlier(images))
+    assert seen[-1].min() == 0  # the clamp is seen as well
 
 
 def test_lc_corners_by_hand():
