@@ -259,6 +259,7 @@ def _tar(*names):
         (b"\x89HDF\r\n\x1a\n" + bytes(40), "a Keras .HDF5. file"),
         (b"\x08\x09\x12\x07pytorch" + bytes(40), "an ONNX model"),
         (_zip("m/data.pkl", "m/constants.pkl"), "a TorchScript program"),
+        (_zip("m/archive_format", "m/models/model.json"), "a program of `torch.export`"),
         (_zip("config.json", "model.weights.h5"), "a Keras file"),
         (_zip("weights.pth"), "a zip archive that PyTorch did not write: unpack it"),
         (_tar("weights.pth", "readme"), "a tar archive of 2 entries: unpack it"),

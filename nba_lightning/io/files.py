@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-_TO_SAVE = "Save `torch.save(model.state_dict(), ...)` where it can be loaded"
+_TO_SAVE = "where its author is trusted, and write `torch.save(model.state_dict(), ...)`"
 _NUMBER = np.float64(0).__reduce__()[0]  # the function that makes numpy's numbers from bytes; its home was renamed
 _HARMLESS: list[Any] = [
     (_NUMBER, "numpy.core.multiarray.scalar"),
@@ -81,7 +81,9 @@ def _foreign_zip(path: Path) -> str | None:
     with zipfile.ZipFile(path) as archive:
         names = {entry.rpartition("/")[2] for entry in archive.namelist()}
     if "constants.pkl" in names and "data.pkl" in names:
-        return f"a TorchScript program. {_TO_SAVE}, with `torch.jit.load` for the model"
+        return f"a TorchScript program. Load it with `torch.jit.load` {_TO_SAVE}"
+    if "archive_format" in names:
+        return f"a program of `torch.export`. Load it with `torch.export.load` {_TO_SAVE}"
     if {"config.json", "model.weights.h5"} <= names:
         return "a Keras file, not PyTorch's"
     return None if "data.pkl" in names else "a zip archive that PyTorch did not write: unpack it first"
@@ -91,7 +93,7 @@ def _tar_kind(path: Path) -> str:
     with tarfile.open(path) as archive:
         names = archive.getnames()
     if {"pickle", "storages", "tensors"} <= set(names):
-        return f"in PyTorch's tar format of before 2017, which cannot be read without running code. {_TO_SAVE}"
+        return f"in PyTorch's tar format of before 2017, which cannot be read without running code. Load it {_TO_SAVE}"
     return f"a tar archive of {len(names)} entries: unpack it first and name the weights in it"
 
 
