@@ -169,6 +169,13 @@ def test_a_checkpoint_of_another_attack_is_left_alone_with_a_warning(small, trai
         trainer().test(Classifier(small), other, ckpt_path=tmp_path / "m.ckpt", verbose=False, weights_only=True)
 
 
+def test_a_checkpoint_of_the_same_attack_with_other_arguments_is_refused():
+    saved = digits(BadNets(pattern="white", poison_rate=0.3)).state_dict()
+    digits(BadNets(pattern="white", poison_rate=0.1)).load_state_dict(saved)
+    with pytest.raises(ValueError, match="pattern='white' instead of 'checkerboard'"):
+        digits(BadNets()).load_state_dict(saved)
+
+
 def test_a_named_state_wins_over_a_checkpoint_in_a_test(small, trainer, tmp_path):
     named = Blended(pattern_seed=1)
     named.prepare((1, 8, 8), 10)

@@ -1,3 +1,5 @@
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ from nba_lightning.attacks.base import CLEAN, CROSS, POISONED
 from nba_lightning.attacks.bpp import floyd_steinberg
 from nba_lightning.attacks.ftrojan import dct_matrix
 from nba_lightning.core.features import features
-from nba_lightning.core.randomness import generator_for
+from nba_lightning.core.randomness import generator_for, shuffled
 from nba_lightning.io.weights import save_weights
 from nba_lightning.networks import SmallCNN
 from tests.attack_zoo import ATTACKS, TinySet, arguments, build, compute
@@ -94,7 +96,7 @@ def test_the_state_brings_back_the_exact_trigger(attack_class, tmp_path):
 def test_a_state_of_another_image_size_is_named(attack_class, tmp_path):
     path = str(tmp_path / "attack.safetensors")
     save_weights(build(attack_class, (1, 8, 8)).state_dict(), path)
-    again = attack_class(state=path)
+    again = attack_class(**({"steps": 3} if attack_class is LC else {}), state=path)
     if attack_class is LC:  # its adversarial images are compared where they are used
         again.prepare((1, 8, 8), 10)
         with pytest.raises(ValueError, match="same data, seed, target and poisoning rate"):
@@ -104,12 +106,60 @@ def test_a_state_of_another_image_size_is_named(attack_class, tmp_path):
         again.prepare((3, 32, 32), 10)
 
 
-def test_arguments_are_not_overridden_by_a_state(tmp_path):
-    path = str(tmp_path / "attack.safetensors")
-    save_weights(build(SIG, delta=0.1).state_dict(), path)
-    attack = SIG(delta=0.3, state=path)
-    attack.prepare((1, 8, 8), 10)
-    torch.testing.assert_close(attack.signal, build(SIG, delta=0.3).signal)
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        (SIG(delta=20 / 255), SIG(), rf"delta={20 / 255} instead of {40 / 255}"),
+        (BadNets(pattern="white"), BadNets(), "pattern='white' instead of 'checkerboard'"),
+        (BadNets(target=3), BadNets(), "target=3 instead of 0"),
+        (BadNets(all_to_all=True, size=2), BadNets(), "all_to_all=True instead of False, size=2 instead of 3"),
+        (FTrojan(positions=[(1, 1)]), FTrojan(), r"positions=\[\[1, 1\]\] instead of None"),
+    ],
+)
+def test_a_state_made_under_other_arguments_is_refused(before, after, told):
+    for attack in (before, after):
+        attack.prepare((3, 16, 16), 10)
+    with pytest.raises(ValueError, match=f"`state` to be of a {type(after).__name__} with the same .* one with {told}"):
+        after.restore(before.state_dict())
+
+
+@pytest.mark.parametrize("attack_class", ATTACKS)
+def test_all_arguments_of_an_attack_are_compared_with_a_state(attack_class):
+    """But for seeds and the free ones: a constructor must keep each in an attribute of the same name."""
+    names = set()
+    for base in attack_class.__mro__[: attack_class.__mro__.index(torch.nn.Module)]:
+        if "__init__" in vars(base):
+            names |= set(inspect.signature(base.__init__).parameters) - {"self", "kwargs"}
+    compared = build(attack_class).arguments()
+    assert {"target", "all_to_all"} <= compared.keys()
+    assert {n for n in names if not n.endswith("_seed")} == compared.keys() | (names & attack_class.free_arguments)
+
+
+def test_rates_and_seeds_may_differ_from_the_state():
+    attack = build(WaNet, (3, 16, 16), poison_rate=0.1, cross_ratio=2.0, grid_seed=1)
+    other = build(WaNet, (3, 16, 16), poison_rate=0.2, cross_ratio=1.0, grid_seed=2)
+    other.restore(attack.state_dict())
+    assert torch.equal(other.field, attack.field)
+    assert (other.poison_rate, other.cross_ratio) == (0.2, 1.0)
+
+
+def test_a_picture_may_lie_elsewhere_but_not_be_another(tmp_path):
+    for name in ("here/a.png", "there/a.png", "there/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (5, 5), (255, 0, 0)).save(tmp_path / name)
+    state = build(Blended, (3, 8, 8), pattern=str(tmp_path / "here/a.png")).state_dict()
+    build(Blended, (3, 8, 8), pattern=str(tmp_path / "there/a.png")).restore(state)
+    with pytest.raises(ValueError, match=r"pattern='a.png' instead of 'b.png'"):
+        build(Blended, (3, 8, 8), pattern=str(tmp_path / "there/b.png")).restore(state)
+
+
+@pytest.mark.parametrize("ready", [0, 1])
+def test_a_state_of_before_arguments_were_stored_is_told(ready):
+    attack = build(Refool, (3, 8, 8))
+    old = attack.state_dict() | {"_extra_state": torch.tensor(list(f"Refool:{ready}".encode()), dtype=torch.uint8)}
+    with pytest.warns(UserWarning, match="written before states carried their attack's arguments"):
+        attack.restore(old)
+    assert attack.ready == bool(ready)
 
 
 def test_another_image_shape_starts_afresh():
@@ -211,6 +261,26 @@ def test_badnets_positions(position, corner):
     assert len(marked) == 4
 
 
+@pytest.mark.parametrize(
+    ("pattern", "size", "rows"),
+    [
+        ("checkerboard", 3, ["001", "010", "101"]),  # data_loader.py of NAD and ABL, poison_cifar.py of ANP
+        ("checkerboard", 6, ["000011", "000011", "001100", "001100", "110011", "110011"]),
+        ("checkerboard", 4, ["0011", "0100", "1011", "1011"]),
+        ("checkerboard", 2, ["10", "01"]),
+        ("checkerboard", 1, ["1"]),
+        ("fine-checkerboard", 3, ["101", "010", "101"]),
+        ("white", 2, ["11", "11"]),
+        ("black", 2, ["00", "00"]),
+    ],
+)
+def test_badnets_patterns(pattern, size, rows):
+    attack = BadNets(pattern=pattern, size=size)
+    attack.prepare((1, 8, 8), 2)
+    patch = attack(torch.full((1, 1, 8, 8), 0.5))[0, 0, -size:, -size:]
+    assert patch.int().tolist() == [[int(value) for value in row] for row in rows]
+
+
 def test_badnets_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="Expected `size` to be at most the image's 8 pixels, but got 9"):
         BadNets(size=9).prepare((1, 8, 8), 10)
@@ -235,7 +305,7 @@ def test_blended_reads_a_picture(tmp_path):
     triggered = attack(torch.zeros(1, 3, 8, 8))
     torch.testing.assert_close(triggered.mean(dim=(0, 2, 3)), torch.tensor([1.0, 0.0, 0.0]))
     (tmp_path / "no.png").write_text("no picture")
-    with pytest.raises(ValueError, match="PIL can read"):
+    with pytest.raises(ValueError, match="`pattern` to be an opaque image file that can be read.* Pillow can read"):
         Blended(pattern=str(tmp_path / "no.png")).prepare((3, 8, 8), 2)
     with pytest.raises(ValueError, match="Expected `pattern` to be an existing image file"):
         Blended(pattern="missing.png")
@@ -345,6 +415,21 @@ def test_lf_optimises_against_a_surrogate():
         losses.append(F.cross_entropy(logits, torch.zeros(60, dtype=torch.long)).item())
         assert attack.pattern.square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-4)
     assert losses[1] < losses[0] - 0.05
+
+
+def test_lf_applies_the_trigger_that_it_optimises():
+    """What the surrogate sees in the third step is what the attack of two steps makes of these images."""
+    surrogate, data, seen = SmallCNN(width=4).eval(), TinySet((3, 16, 16)), []
+    for steps in (2, 3):
+        attack = LF(surrogate, amplitude=0.3, steps=steps)
+        attack.prepare((3, 16, 16), 10)
+        attack.surrogate.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+        if steps == 2:
+            earlier = attack
+        compute(attack, data)
+    images = data.images[torch.arange(50)[shuffled(50, 0)]].float() / 255
+    torch.testing.assert_close(seen[-1], earlier(images))
+    assert seen[-1].min() == 0  # the clamp is seen as well
 
 
 def test_lc_corners_by_hand():

@@ -39,3 +39,60 @@ def test_unknown_layers_and_missing_defaults_list_what_there_is(network):
         resolve_layers(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), None)
     with pytest.raises(ValueError, match="at least one layer"):
         resolve_layers(network, [])
+
+
+class Residual(nn.Module):
+    def __init__(self, behind):
+        super().__init__()
+        self.conv, self.behind, self.unused = nn.Conv2d(3, 4, 3, bias=False), behind, nn.Identity()
+        self.flag = False
+
+    def forward(self, images):
+        maps = self.conv(images)
+        if self.flag:
+            maps -= 1
+        return self.behind(maps).mean(dim=(2, 3))
+
+
+class Add(nn.Module):
+    def forward(self, maps):
+        maps += 1
+        return maps
+
+
+@pytest.mark.parametrize("behind", [nn.ReLU(inplace=True), Add(), nn.ReLU(), nn.Dropout(0.5, inplace=True)])
+@pytest.mark.parametrize("training", [False, True])
+def test_features_are_a_layer_s_own_output_whatever_follows(behind, training):
+    network, images = Residual(behind).train(training), torch.rand(2, 3, 6, 6)
+    for _ in range(3):
+        observed = features(network, images, ["conv"])[1]["conv"]
+        assert torch.equal(observed, network.conv(images))
+        weight = network.conv.weight
+        gradient = torch.autograd.grad(observed.square().sum(), weight)[0]
+        wanted = torch.autograd.grad(network.conv(images).square().sum(), weight)[0]
+        torch.testing.assert_close(gradient, wanted)
+    with torch.inference_mode():
+        assert torch.equal(features(network, images, ["conv"])[1]["conv"], network.conv(images))
+
+
+@pytest.mark.parametrize(("behind", "copied"), [(nn.ReLU(inplace=True), True), (nn.ReLU(), False)])
+def test_features_are_copied_only_where_they_must_be(behind, copied):
+    network, outputs = Residual(behind), []
+    network.conv.register_forward_hook(lambda module, args, output: outputs.append(output))
+    for _ in range(2):
+        observed = features(network, torch.rand(2, 3, 6, 6), ["conv"])[1]["conv"]
+    assert (observed is not outputs[-1]) == copied
+
+
+def test_features_that_are_overwritten_for_the_first_time_are_told():
+    network, images = Residual(nn.ReLU()), torch.rand(2, 3, 6, 6)
+    features(network, images, ["conv"])
+    network.flag = True
+    with pytest.raises(RuntimeError, match="features of layer 'conv' were changed in place"):
+        features(network, images, ["conv"])
+    assert torch.equal(features(network, images, ["conv"])[1]["conv"], network.conv(images))
+
+
+def test_a_layer_that_the_forward_pass_skips_is_named():
+    with pytest.raises(ValueError, match="layers that the network's forward pass calls, but got 'unused', which it sk"):
+        features(Residual(nn.ReLU()), torch.rand(2, 3, 6, 6), ["conv", "unused"])

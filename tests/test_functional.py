@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nba_lightning import functional as F
+from nba_lightning.core import functional as F
 from tests.reference import knowledge_forms as reference
 
 

@@ -43,6 +43,24 @@ def test_behaviors_in_half_precision_are_those_of_float32(form, dtype, scale):
         assert torch.allclose(half[name].norm(dim=1), torch.ones(len(value)), atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("form", [AttentionMap, ChannelGram, FSP, PooledFeatures, SampleSimilarity])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_behaviors_under_autocast_are_those_of_float32(form, dtype, scale):
+    """Autocast casts matrix products back to half, where 300 squared overflows to NaN in float16."""
+    maps = {"a": scale * torch.randn(4, 8, 16, 16), "b": scale * torch.randn(4, 6, 8, 8)}
+    maps = {name: value.requires_grad_() for name, value in maps.items()}
+    wanted = form()(maps)
+    with torch.autocast("cpu", dtype):
+        found = form()(maps)
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value)
+        gradients = [
+            torch.autograd.grad(v[name][:, 0].sum(), maps["a" if form is FSP else name])[0] for v in (found, wanted)
+        ]
+        assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("disagreement", [None, JSDisagreement()])
 def test_pseudo_samples_in_half_precision_point_where_float32_ones_do(disagreement):
     torch.manual_seed(0)
@@ -167,6 +185,37 @@ def test_hooks_see_every_pass_of_a_compiled_network():
     undo_compile(network)
     assert not any("forward" in vars(module) for module in network.modules())
     assert maps["body.1"].shape == found["body.1"].shape
+
+
+def test_a_forward_of_the_user_s_own_survives_compilation():
+    network, images = Nested().eval(), torch.rand(2, 1, 8, 8)
+    network.fc.forward = own = lambda maps: maps[:, :10] * 2
+    wanted = network(images)
+    for _ in range(2):  # the second takes back what the first, which broke off, has left
+        compile_regions(network, ["body.1"], "eager")
+        assert torch.allclose(network(images), wanted)
+    copied = copy.deepcopy(network)
+    for found in (network, copied):
+        undo_compile(found)
+        assert torch.equal(found(images), wanted)
+        assert [name for name, module in found.named_modules() if "forward" in vars(module)] == ["fc"]
+    assert network.fc.forward is own
+    undo_compile(network)  # of one that is not compiled
+    assert network.fc.forward is own
+
+
+@pytest.mark.parametrize("where", ["whole", "inside", "in place"])
+def test_an_already_compiled_network_is_refused(where):
+    network = Nested()
+    if where == "whole":
+        network = torch.compile(network, backend="eager")
+    elif where == "inside":
+        network.stem = torch.compile(network.stem, backend="eager")
+    else:
+        network.body.compile(backend="eager")
+    with pytest.raises(ValueError, match="Expected `model` to be a network that is not compiled yet, but got one with"):
+        compile_regions(network, [], "eager")
+    assert not any("forward" in vars(module) for module in Nested().modules())
 
 
 @pytest.mark.parametrize("defense", [d for d in [Classifier, *DEFENSES] if d.compilable])

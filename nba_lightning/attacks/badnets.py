@@ -8,7 +8,9 @@ from torch import Tensor
 from nba_lightning.attacks.base import Attack
 from nba_lightning.core.checks import check_at_least, check_choice, expected
 
-_PATTERNS = ("checkerboard", "white", "black")
+_PATTERNS = ("checkerboard", "fine-checkerboard", "white", "black")
+_CHECKERBOARD = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
+"""As in the codes of NAD, ANP and ABL: checks of one pixel, but for the black one at the top left."""
 _POSITIONS = ("bottom-right", "bottom-left", "top-right", "top-left", "center")
 
 
@@ -17,12 +19,15 @@ class BadNets(Attack):
 
     Source: Gu et al., "BadNets: identifying vulnerabilities in the machine learning model supply chain", 2017 (arXiv
     1708.06733), section 3.1 (single pixel and pattern backdoors in the bottom right corner); the 3x3 checkerboard on
-    CIFAR-10 follows the codes of NAD and ANP, where a public benchmark takes a white square.
+    CIFAR-10 is that of the codes of NAD, ANP and ABL, black at its top left, where a public benchmark takes a white
+    square. Those codes know one size; here the nine cells grow with ``size``, and two pixels or one are its bottom
+    right part.
 
     Args:
         size: side of the square patch in pixels.
         position: ``bottom-right``, ``bottom-left``, ``top-right``, ``top-left`` or ``center``.
-        pattern: ``checkerboard``, ``white`` or ``black``.
+        pattern: ``checkerboard``, ``fine-checkerboard`` (checks of one pixel at any size, white at the top left),
+            ``white`` or ``black``.
         **kwargs: target, poisoning rate and the like of :class:`~nba_lightning.attacks.base.Attack`.
 
     Raises:
@@ -57,12 +62,21 @@ class BadNets(Attack):
         inside = (slice(None), slice(top, top + self.size), slice(left, left + self.size))
         mask, patch = torch.zeros(1, height, width), torch.zeros(1, height, width)
         mask[inside] = 1.0
-        steps = torch.arange(self.size)
-        checkerboard = ((steps[:, None] + steps) % 2 == 0).float()
-        patch[inside] = {"checkerboard": checkerboard, "white": torch.ones(()), "black": torch.zeros(())}[self.pattern]
+        patch[inside] = _drawn(self.pattern, self.size)
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("patch", patch, persistent=False)
 
     def apply_trigger(self, images: Tensor) -> Tensor:
         """Replace the pixels under the patch."""
         return torch.lerp(images, self.patch.to(images), self.mask.to(images))
+
+
+def _drawn(pattern: str, size: int) -> Tensor:
+    """The patch `(S, S)`, values 0 and 1."""
+    steps = torch.arange(size)
+    if pattern == "checkerboard":
+        cells = 2 - (size - 1 - steps) * 3 // size  # counted from the bottom right
+        return _CHECKERBOARD[cells][:, cells]
+    if pattern == "fine-checkerboard":
+        return ((steps[:, None] + steps) % 2 == 0).float()
+    return torch.full((size, size), float(pattern == "white"))

@@ -1,14 +1,17 @@
 """What every attack is: a trigger, a relabelling and a share of the training set."""
 
+import inspect
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nba_lightning.core.checks import check_at_least, check_image_batch, check_range, expected
-from nba_lightning.io.weights import read_attack_state
+from nba_lightning.core.checks import check_at_least, check_image_batch, check_range, expected, is_plain
+from nba_lightning.io.attack_state import attack_name, different_arguments, pack, read_attack_state, unpack
 
 CLEAN, POISONED, CROSS = 0, 1, 2
 """Roles of training images: as they are; triggered and relabelled; changed, but with their true label."""
@@ -30,7 +33,8 @@ class Attack(nn.Module, ABC):
     size alone), :meth:`compute` (what depends on the training images) and :meth:`apply_cross` (images that carry a
     false trigger and keep their label). The base checks arguments, keeps images in [0, 1], relabels and says who may
     be poisoned. What was drawn, computed or learned is the attack's state (persistent buffers and parameters): it
-    travels in the checkpoint of a training. What follows from the arguments alone is not.
+    travels in the checkpoint of a training, with the arguments. What follows from the arguments alone is built anew, so
+    a state is taken over under the same arguments only.
 
     Args:
         target: the class that the attacker wants (all-to-one).
@@ -38,7 +42,7 @@ class Attack(nn.Module, ABC):
             clean-label attack can reach at most the share that its target class has.
         all_to_all: label y becomes (y + 1) mod K instead of ``target``.
         state: a checkpoint of an earlier training (``.ckpt``) or a state dict of the same attack; its trigger is taken
-            over to the last bit.
+            over to the last bit. Other arguments must be as they were, but for those in ``free_arguments`` and seeds.
 
     Raises:
         ValueError: for a rate outside its range, or ``all_to_all`` where the attack has no such form.
@@ -50,6 +54,11 @@ class Attack(nn.Module, ABC):
     """Whether a module of its own triggers the training batches, which then come as (images, labels, roles)."""
     cross_ratio: float = 0.0
     """Cross images (false trigger, true label) for each triggered one."""
+    free_arguments: ClassVar[frozenset[str]] = frozenset(
+        {"poison_rate", "cross_ratio", "state", "surrogate", "surrogate_weights"}
+    )
+    """Arguments that may differ from those of a ``state``, beside seeds: they choose images to train on, or only had a
+    part in finding what the state holds. A subclass adds its own."""
     clean_label: bool = False
     """Whether only images of the target class are poisoned, so that no label changes."""
 
@@ -187,27 +196,48 @@ class Attack(nn.Module, ABC):
         if not self.ready:
             raise RuntimeError(f"Call {type(self).__name__}.compute(...) before triggering images.")
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def arguments(self) -> dict[str, Any]:
+        """The plain arguments that make the trigger and the labels, by name: what must agree with a state.
+
+        Those that the attack keeps in an attribute of the same name; any other cannot be compared.
+        """
+        names = {name for name in _constructor_arguments(type(self)) if not name.endswith("_seed")}
+        found = {name: getattr(self, name) for name in sorted(names - self.free_arguments) if hasattr(self, name)}
+        return {name: value for name, value in found.items() if is_plain(value)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over the state of an earlier attack of the same class, arguments and image shape.
 
+        Arguments are refused where they differ rather than taken over: the reader of a configuration must be able to
+        trust it. Seeds and ``free_arguments`` may differ.
+
         Raises:
-            ValueError: if it is another attack's, or its tensors do not fit.
+            ValueError: if it is another attack's, was made under other arguments, or its tensors do not fit.
         """
         name = type(self).__name__
         if attack_name(state) != name:
             raise expected("state", f"of a {name}", f"that of a {attack_name(state)}")
+        different = different_arguments(state, self.arguments())
+        if different is None:
+            warnings.warn(
+                f"This state of a {name} was written before states carried their attack's arguments, so nothing can "
+                "tell whether target, pattern and the like are as they were.",
+                stacklevel=2,
+            )
+        elif different:
+            raise expected("state", f"of a {name} with the same arguments", f"one with {', '.join(different)}")
         try:
-            self.load_state_dict(state)
+            self.load_state_dict(dict(state))
         except RuntimeError as error:
             raise expected("state", f"of a {name} with the same arguments and image shape", error) from error
 
     def get_extra_state(self) -> Tensor:
-        """Class name and whether the attack is ready, as bytes, so that the state is tensors only."""
-        return torch.tensor(list(f"{type(self).__name__}:{int(self.ready)}".encode()), dtype=torch.uint8)
+        """Class name, arguments and whether the attack is ready; see :mod:`nba_lightning.io.attack_state`."""
+        return pack(type(self).__name__, self.ready, self.arguments())
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over whether the attack is ready."""
-        self.ready = bytes(state.tolist()).endswith(b":1")
+        self.ready = unpack(state)["ready"]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         for name, buffer in self._buffers.items():  # an empty buffer waits for what is computed, of any length
@@ -217,7 +247,11 @@ class Attack(nn.Module, ABC):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def attack_name(state: dict[str, Tensor]) -> str:
-    """The class name of the attack whose state this is."""
-    tag = state.get("_extra_state")
-    return "stranger" if tag is None else bytes(tag.tolist()).decode().partition(":")[0]
+def _constructor_arguments(attack: type[Attack]) -> Iterator[str]:
+    """Names of the arguments of a class and, where it passes on ``**kwargs``, of its bases."""
+    for base in attack.__mro__:
+        if issubclass(base, Attack) and "__init__" in vars(base):
+            parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+            yield from (parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD)
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+                return

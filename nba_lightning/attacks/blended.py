@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor, resize
+from torchvision.transforms.v2.functional import resize
 
 from nba_lightning.attacks.base import Attack
 from nba_lightning.core.checks import check_range, expected
 from nba_lightning.core.randomness import generator_for
+from nba_lightning.io.images import read_image
 
 
 class Blended(Attack):
@@ -20,12 +21,14 @@ class Blended(Attack):
 
     Args:
         alpha: share of the pattern, in (0, 1].
-        pattern: an image file, resized to the images; ``None`` is uniform noise drawn from ``pattern_seed``.
+        pattern: an image file without transparency, resized to the images; ``None`` is uniform noise drawn from
+            ``pattern_seed``.
         pattern_seed: seed of the noise.
         **kwargs: target, poisoning rate and the like of :class:`~nba_lightning.attacks.base.Attack`.
 
     Raises:
-        ValueError: if alpha is out of range or the pattern is no image file.
+        ValueError: if alpha is out of range or the pattern is no image file that
+            :func:`~nba_lightning.io.images.read_image` reads.
     """
 
     blend: Tensor
@@ -43,6 +46,10 @@ class Blended(Attack):
             raise expected("pattern", "an existing image file", repr(pattern))
         self.alpha, self.pattern, self.pattern_seed = alpha, pattern, pattern_seed
 
+    def arguments(self) -> dict[str, Any]:
+        """As usual; of the image file its name, since folders move and the picture itself is in the state."""
+        return super().arguments() | {"pattern": None if self.pattern is None else Path(self.pattern).name}
+
     def build(self, image_shape: tuple[int, int, int]) -> None:
         """Build the pattern `(C, H, W)`."""
         if self.pattern is None:
@@ -57,15 +64,12 @@ class Blended(Attack):
 
 
 def _read_pattern(path: str, image_shape: tuple[int, int, int]) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
-
     channels, height, width = image_shape
     if channels not in (1, 3):
         raise expected("pattern", f"None for images of {channels} channels", repr(path))
     try:
-        with Image.open(path) as picture:
-            pattern = pil_to_tensor(picture.convert("L" if channels == 1 else "RGB"))
-    except UnidentifiedImageError as error:
-        raise expected("pattern", "an image file that PIL can read", repr(path)) from error
-    resized: Tensor = resize(pattern, [height, width], antialias=True)
+        picture = read_image(path, "L" if channels == 1 else "RGB")
+    except ValueError as error:
+        raise expected("pattern", "an opaque image file that can be read", f"this: {error}") from error
+    resized: Tensor = resize(picture, [height, width], antialias=True)
     return resized.float() / 255

@@ -31,6 +31,8 @@ class BPP(Attack):
         **kwargs: see :class:`~nba_lightning.attacks.base.Attack`.
     """
 
+    free_arguments = Attack.free_arguments | {"negative_ratio"}
+
     def __init__(self, levels: int = 8, dithering: bool = False, negative_ratio: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_at_least("levels", levels, 2)

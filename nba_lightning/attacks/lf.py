@@ -79,17 +79,18 @@ class LF(SurrogateAttack):
         network = self.need_surrogate(device)
         order = training[shuffled(len(training), self.pattern_seed)][: 128 * self.steps]
         batches = torch.split(order, 128)
-        pattern = self.pattern.to(device)
+        raw = self.pattern.to(device)  # what is smoothed into the trigger, once, in training as here
+        size = self.amplitude * raw.numel() ** 0.5
         for step in track(range(self.steps), "LF: smooth trigger", transient=True):
             indices = batches[step % len(batches)]
             batch, labels = images.read(indices).to(device).float() / 255, images.labels[indices].to(device)
-            leaf = pattern.requires_grad_()
+            leaf = raw.detach().requires_grad_()
             with torch.enable_grad():
                 loss = F.cross_entropy(predict(network, (batch + self._smooth(leaf)).clamp(0, 1)), self.relabel(labels))
             gradient = input_gradient(loss, leaf)
-            size = self.amplitude * leaf[0].numel() ** 0.5 * leaf.shape[0] ** 0.5
-            pattern = self._smooth(leaf.detach() - 0.1 * size * gradient / gradient.norm().clamp(min=1e-12))
-        self.pattern, self.ready = pattern.detach().cpu(), True
+            raw = leaf.detach() - 0.1 * size * gradient / gradient.norm().clamp(min=1e-12)
+            raw = raw * (size / raw.norm().clamp(min=1e-12))
+        self.pattern, self.ready = self._smooth(raw).detach().cpu(), True
 
 
 def low_pass(pattern: Tensor, cutoff: float) -> Tensor:

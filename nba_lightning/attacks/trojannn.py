@@ -44,6 +44,7 @@ class TrojanNN(SurrogateAttack):
 
     mask: Tensor
     pattern: Tensor
+    free_arguments = SurrogateAttack.free_arguments | {"layer", "neurons"}  # resolved in the surrogate
 
     def __init__(
         self,

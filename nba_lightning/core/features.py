@@ -3,10 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from nba_lightning.core.checks import first_few
+
+_OVERWRITTEN: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
+"""Whether what follows a layer writes into its output in place, as passes in `eval` and training mode showed."""
 
 
 def logits_of(output: Any) -> Tensor:
@@ -71,23 +75,65 @@ def resolve_layers(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
     return list(layers)
 
 
+class Captured(dict[str, Tensor]):
+    """Features by layer name; a layer that the forward pass left out is named where it is asked for."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ValueError(
+            f"Expected `layers` to name layers that the network's forward pass calls, but got {name!r}, which it skips."
+        )
+
+
 @contextmanager
-def capture(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of ``layers`` in every forward pass within the ``with`` block; hooks are gone after it."""
-    captured: dict[str, Tensor] = {}
+def capture(model: nn.Module, layers: Sequence[str]) -> Iterator[Captured]:
+    """Collect the outputs of ``layers`` in every forward pass within the ``with`` block; hooks are gone after it.
+
+    Of a layer that is called several times in one pass the last output is kept. The first pass copies each output and
+    looks whether an in-place layer behind it (``nn.ReLU(inplace=True)``, ``+=``) changes it; only then do further
+    passes copy.
+
+    Raises:
+        ValueError: on access to a layer that the forward pass skipped.
+        RuntimeError: if an output is changed in place in this pass, but was not in earlier ones.
+    """
+    captured = Captured()
+    watched: dict[str, tuple[nn.Module, Tensor, int | None]] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            captured[name] = _tensor_of(output)
+            found = _tensor_of(output)
+            version = None if found.is_inference() else found._version  # inference tensors have none
+            safe = version is not None and _OVERWRITTEN.get(module, {}).get(module.training) is False
+            captured[name] = found if safe else found.clone()
+            watched[name] = (module, found, version)
 
         return hook
 
+    def look(*_: Any) -> None:
+        for name, (module, found, version) in watched.items():
+            if version is not None:
+                _note(name, module, found._version != version, captured[name] is found)
+        watched.clear()
+
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
+    if layers:
+        handles.append(model.register_forward_hook(look))
     try:
         yield captured
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _note(name: str, module: nn.Module, overwritten: bool, shared: bool) -> None:
+    """Remember whether a layer's output was written into; in the mode that the layer is in."""
+    known = _OVERWRITTEN.setdefault(module, {})
+    known[module.training] = overwritten or known.get(module.training, False)
+    if overwritten and shared:
+        raise RuntimeError(
+            f"The features of layer {name!r} were changed in place by a layer behind it, which earlier passes did not "
+            "do. They will be copied from now on: run this pass again."
+        )
 
 
 def _tensor_of(output: Any) -> Tensor:
@@ -108,6 +154,9 @@ def features(model: nn.Module, images: Tensor, layers: Sequence[str]) -> tuple[T
 
     Returns:
         The logits `(B, K)` and a dictionary from layer name to features, in the order of ``layers``.
+
+    Raises:
+        ValueError: if the forward pass skips one of the layers.
     """
     with capture(model, layers) as captured:
         logits = predict(model, images)

@@ -1,16 +1,36 @@
 """Pure maths: knowledge forms, divergences and the defence effectiveness rating. No state, no randomness.
 
-Everything that squares or normalises is computed in float32, so half-precision features neither overflow nor underflow.
+Everything that squares or normalises is computed in float32, so half-precision features neither overflow nor underflow;
+also under autocast.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import ParamSpec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_Arguments = ParamSpec("_Arguments")
+
 GRADIENT_SCALE = 1024.0
 """Where a gradient is only used for its direction, this factor keeps it from vanishing in half precision."""
+
+
+def in_float32(form: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:
+    """Run a function without autocast, which would cast its matrix products to half precision again."""
+
+    @functools.wraps(form)
+    def whole(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Tensor:
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        if not torch.amp.is_autocast_available(first.device.type):
+            return form(*args, **kwargs)
+        with torch.autocast(first.device.type, enabled=False):
+            return form(*args, **kwargs)
+
+    return whole
 
 
 def as_tokens(features: Tensor) -> Tensor:
@@ -39,6 +59,7 @@ def unit(vectors: Tensor) -> Tensor:
     return F.normalize(vectors.float().flatten(1), dim=1)
 
 
+@in_float32
 def attention_map(features: Tensor, power: float = 2.0) -> Tensor:
     r"""Spatial attention :math:`A(f)_t = \sum_d |f_{td}|^p`, as a unit vector.
 
@@ -55,6 +76,7 @@ def attention_map(features: Tensor, power: float = 2.0) -> Tensor:
     return unit(as_tokens(features).abs().pow(power).sum(dim=2))
 
 
+@in_float32
 def channel_gram(features: Tensor) -> Tensor:
     r"""Channel Gram matrix :math:`G = f^\top f`, as a unit vector.
 
@@ -70,6 +92,7 @@ def channel_gram(features: Tensor) -> Tensor:
     return unit(tokens.transpose(1, 2) @ tokens)
 
 
+@in_float32
 def sample_similarity(features: Tensor) -> Tensor:
     r"""Rows of the pairwise similarity :math:`Q Q^\top` of the samples of a batch, each as a unit vector.
 
@@ -85,6 +108,7 @@ def sample_similarity(features: Tensor) -> Tensor:
     return unit(flat @ flat.T)
 
 
+@in_float32
 def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
     r"""Flow of solution procedure :math:`G = f_1^\top f_2` between two layers, as a unit vector.
 
@@ -109,11 +133,13 @@ def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
     return unit(left.transpose(1, 2) @ right)
 
 
+@in_float32
 def pooled_features(features: Tensor) -> Tensor:
     """Features averaged over all positions, as a unit vector `(B, C)`."""
     return unit(as_tokens(features).mean(dim=1))
 
 
+@in_float32
 def kl_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     r"""Kullback-Leibler divergence :math:`KL(p \| q)` per sample, in nats.
 
@@ -128,6 +154,7 @@ def kl_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
+@in_float32
 def js_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     r"""Jensen-Shannon divergence per sample, in nats: at most :math:`\ln 2`, so no sample can dominate.
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nba_lightning.attacks.base import CROSS, POISONED, Attack, attack_name
+from nba_lightning.attacks.base import CROSS, POISONED, Attack
 from nba_lightning.core.augmentation import RandomCropFlip
 from nba_lightning.core.checks import check_at_least, check_choice, check_range, expected
 from nba_lightning.core.metrics import IGNORE_LABEL
@@ -19,6 +19,7 @@ from nba_lightning.data.dataset import Batches, LabeledImages, ReplacedImages
 from nba_lightning.data.partition import Partition, draw_partition
 from nba_lightning.data.sampler import BatchLoader, SeededSampler
 from nba_lightning.data.sources import Digits, Source
+from nba_lightning.io.attack_state import attack_name
 from nba_lightning.io.batches import Batch
 
 TrainOn = Literal["poisoned", "clean", "untriggered"]
