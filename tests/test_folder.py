@@ -224,6 +224,10 @@ def test_every_image_has_the_name_of_its_file(tmp_path, limit):
     assert replaced.name_of(4) == "train/dog/1.png"
     digits, _ = Digits().load()
     assert digits.name_of(17) == "17"
+    for images in (train, replaced, digits):
+        for index in (-1, len(images)):  # -1 is padding, not the last image
+            with pytest.raises(ValueError, match=rf"`index` to be that of an image, in 0 to .*, but got {index}\."):
+                images.name_of(index)
 
 
 def test_a_set_on_disk_is_listed_not_opened(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from nba_lightning import BackdoorDataModule
 from nba_lightning.data import Digits, Source, Torchvision
-from nba_lightning.data.dataset import MemoryImages
+from nba_lightning.data.dataset import MemoryImages, ReplacedImages
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,14 @@ def test_labels_of_any_integer_type_are_taken():
 def test_channels_last_images_are_refused():
     with pytest.raises(ValueError, match=r"channels first, but got \(2, 8, 8, 3\)"):
         MemoryImages(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.arange(2))
+
+
+@pytest.mark.parametrize("images", [torch.zeros(1, 3, 2, 2), torch.zeros(2, 1, 2, 2), torch.zeros(1, 1, 2, 2)])
+def test_replacements_that_do_not_fit_are_refused(images):
+    source = MemoryImages(torch.zeros(2, 3, 2, 2, dtype=torch.uint8), torch.arange(2))
+    replacements = images if images.shape == (1, 3, 2, 2) else images.byte()
+    with pytest.raises(ValueError, match=r"Expected `images` to be uint8 of shape \(1, 3, 2, 2\), but got"):
+        ReplacedImages(source, torch.tensor([1]), replacements)
 
 
 class Given(Source):

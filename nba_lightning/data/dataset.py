@@ -46,19 +46,27 @@ class LabeledImages(ABC):
         labels: `(N,)` int64 true classes.
         shape: `(C, H, W)` of an image.
         in_memory: whether reading is a tensor index, so that worker processes would only cost.
+        names: the N files that the images are from; ``None`` where there are none.
     """
 
     labels: Tensor
     shape: tuple[int, int, int]
     in_memory: bool
+    names: Sequence[str] | None = None
 
     @abstractmethod
     def read(self, indices: Tensor) -> Tensor:
         """Read images `(B, C, H, W)`, uint8, at ``indices`` `(B,)`."""
 
     def name_of(self, index: int) -> str:
-        """The name by which a person finds an image: its file where it has one, else its index in the set."""
-        return str(range(len(self))[index])
+        """The name by which a person finds an image: its file where it has one, else its index in the set.
+
+        Raises:
+            ValueError: for an index that is not in 0 to N - 1, such as that of padding.
+        """
+        if not 0 <= index < len(self):
+            raise expected("index", f"that of an image, in 0 to {len(self) - 1}", index)
+        return str(index) if self.names is None else self.names[index]
 
     def __len__(self) -> int:
         """Number of images N."""
@@ -88,10 +96,6 @@ class MemoryImages(LabeledImages):
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
         self.names = names
 
-    def name_of(self, index: int) -> str:
-        """The image's file, or its index where no names were given."""
-        return super().name_of(index) if self.names is None else self.names[index]
-
     def read(self, indices: Tensor) -> Tensor:
         """Index the tensor."""
         return self.images[indices]
@@ -104,9 +108,16 @@ class ReplacedImages(LabeledImages):
         source: the set.
         indices: `(M,)` which images, sorted.
         images: `(M, C, H, W)`, uint8, what replaces them.
+
+    Raises:
+        ValueError: for replacements of another type, shape or number.
     """
 
     def __init__(self, source: LabeledImages, indices: Tensor, images: Tensor) -> None:
+        if images.dtype != torch.uint8 or tuple(images.shape) != (len(indices), *source.shape):
+            raise expected(
+                "images", f"uint8 of shape {(len(indices), *source.shape)}", f"{images.dtype} of {tuple(images.shape)}"
+            )
         self.source, self.images = source, images
         self.labels, self.shape, self.in_memory = source.labels, source.shape, source.in_memory
         self.position = torch.full((len(source),), -1)

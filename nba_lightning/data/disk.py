@@ -53,10 +53,6 @@ class DiskImages(LabeledImages):
         self._like = f"{self.name_of(0)!r} has" if shape is None else "the training images have"
         self._check_shape(first, 0)
 
-    def name_of(self, index: int) -> str:
-        """The image's file, or its index where no names were given."""
-        return super().name_of(index) if self.names is None else self.names[index]
-
     def read(self, indices: Tensor) -> Tensor:
         """Decode the files."""
         images = torch.empty((len(indices), *self.shape), dtype=torch.uint8)
