@@ -134,9 +134,10 @@ class Fake:
     def __init__(self, root, train=True):
         self.pictures = [Image.new(self.modes[i], (4, 4), 9) for i in range(2)]
         self.targets = self.train_targets if train else self.test_targets
-        self.classes = ["cat", ("dog", "hound")]
+        self.classes = self.train_classes if train else self.test_classes
 
     train_targets, test_targets, modes = [0, 1], [0, 1], ["L", "L"]
+    train_classes = test_classes = ["cat", ("dog", "hound")]
 
     def __getitem__(self, index):
         return self.pictures[index], self.targets[index]
@@ -166,6 +167,8 @@ def test_names_of_torchvision_are_those_of_the_source(monkeypatch):
     source = faked(monkeypatch)
     source.load()
     assert source.classes == ["cat", "dog, hound"]
+    with pytest.raises(ValueError, match="the same classes in both parts, but got .*'cat', 'dog, hound'.*'cat', 'emu'"):
+        faked(monkeypatch, test_classes=["cat", "emu"]).load()
 
 
 def test_a_set_without_a_test_part_is_told_about_splits(tmp_path):

@@ -69,12 +69,9 @@ class DiskImages(LabeledImages):
                 images[index] = self._checked(index)
 
         starts = range(0, len(self), CHUNK)
-        pool = ThreadPoolExecutor()
-        try:
+        with ThreadPoolExecutor() as pool:  # an error cancels what has not begun
             for _ in with_progress(pool.map(fill, starts), len(starts), "Reading images"):
                 pass
-        finally:
-            pool.shutdown(cancel_futures=True)  # a broken image is told at once, not after all the others are decoded
         return MemoryImages(images, self.labels, self.names)
 
     def _checked(self, index: int) -> Tensor:
