@@ -107,7 +107,7 @@ class BackdoorDataModule(pl.LightningDataModule):
         train, test = self.source.load()
         if train.shape != test.shape:
             raise ValueError(f"Expected train and test images of one shape, but got {train.shape} and {test.shape}.")
-        self.image_shape, self.num_classes = train.shape, int(train.labels.max()) + 1
+        self.image_shape, self.num_classes = train.shape, len(self.source.check(train, test))
         eligible = torch.zeros(len(train), dtype=torch.bool)
         if self.attack is not None:
             self.attack.prepare(self.image_shape, self.num_classes)

@@ -1,17 +1,43 @@
 """Labelled images that are fetched a whole batch at a time."""
 
 from abc import ABC, abstractmethod
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from nba_lightning.core.checks import expected
 from nba_lightning.core.metrics import IGNORE_LABEL
 from nba_lightning.io.batches import Batch
+
+_MOST_CHANNELS = 4
+
+
+def checked_labels(labels: Tensor, number: int) -> Tensor:
+    """The labels as int64.
+
+    Args:
+        labels: `(N,)`, class numbers from 0, of any integer type.
+        number: how many images there are.
+
+    Raises:
+        ValueError: for labels that are none, one-hot, no integers or negative, or of which there are more or fewer.
+    """
+    if labels.ndim != 1:
+        advice = "; one-hot labels are told by `labels.argmax(1)`" if labels.ndim == 2 else ""
+        raise expected("labels", f"class numbers of shape (N,){advice}", f"shape {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise expected("labels", "class numbers of an integer type", labels.dtype)
+    if not number:
+        raise expected("labels", "of at least one image", "none")
+    if len(labels) != number:
+        raise expected("labels", f"of length {number}", len(labels))
+    labels = labels.long()
+    if (labels < 0).any():
+        index = int((labels < 0).nonzero()[0])
+        raise expected("labels", "class numbers from 0", f"{int(labels[index])} at index {index}")
+    return labels
 
 
 class LabeledImages(ABC):
@@ -21,15 +47,27 @@ class LabeledImages(ABC):
         labels: `(N,)` int64 true classes.
         shape: `(C, H, W)` of an image.
         in_memory: whether reading is a tensor index, so that worker processes would only cost.
+        names: the N files that the images are from; ``None`` where there are none.
     """
 
     labels: Tensor
     shape: tuple[int, int, int]
     in_memory: bool
+    names: Sequence[str] | None = None
 
     @abstractmethod
     def read(self, indices: Tensor) -> Tensor:
         """Read images `(B, C, H, W)`, uint8, at ``indices`` `(B,)`."""
+
+    def name_of(self, index: int) -> str:
+        """The name by which a person finds an image: its file where it has one, else its index in the set.
+
+        Raises:
+            ValueError: for an index that is not in 0 to N - 1, such as that of padding.
+        """
+        if not 0 <= index < len(self):
+            raise expected("index", f"that of an image, in 0 to {len(self) - 1}", index)
+        return str(index) if self.names is None else self.names[index]
 
     def __len__(self) -> int:
         """Number of images N."""
@@ -41,71 +79,27 @@ class MemoryImages(LabeledImages):
 
     Args:
         images: `(N, C, H, W)`, uint8.
-        labels: `(N,)`.
+        labels: `(N,)`, class numbers from 0, of any integer type.
+        names: the N files that the images are from; ``None`` where there are none.
+
+    Raises:
+        ValueError: for images or labels of another type or shape, or of different number.
     """
 
     in_memory = True
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, names: Sequence[str] | None = None) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise expected("images", "uint8 of shape (N, C, H, W)", f"{images.dtype} of shape {tuple(images.shape)}")
-        if len(images) != len(labels):
-            raise expected("labels", f"of length {len(images)}", len(labels))
-        self.images, self.labels = images, labels.long()
+        if images.shape[1] > _MOST_CHANNELS >= images.shape[3]:
+            raise expected("images", "of shape (N, C, H, W), channels first", f"{tuple(images.shape)}")
+        self.images, self.labels = images, checked_labels(labels, len(images))
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
+        self.names = names
 
     def read(self, indices: Tensor) -> Tensor:
         """Index the tensor."""
         return self.images[indices]
-
-
-class DiskImages(LabeledImages):
-    """Images decoded when they are asked for, by the loader's worker processes.
-
-    Args:
-        dataset: a set that gives ``(PIL image, label)``, as torchvision's do.
-        labels: `(N,)`.
-        size: `(H, W)` to resize to; ``None`` keeps the size of the first image, which all must have.
-    """
-
-    in_memory = False
-
-    def __init__(self, dataset: Dataset[Any], labels: Tensor, size: tuple[int, int] | None = None) -> None:
-        self.dataset, self.labels, self.size = dataset, labels.long(), size
-        self.shape = (-1, -1, -1)
-        first = self._decode(0)
-        self.shape = (first.shape[0], first.shape[1], first.shape[2])
-
-    def read(self, indices: Tensor) -> Tensor:
-        """Decode the files."""
-        return torch.stack([self._decode(int(i)) for i in indices])
-
-    def in_memory_copy(self) -> MemoryImages:
-        """Decode all images now, in threads."""
-        images = torch.empty((len(self), *self.shape), dtype=torch.uint8)
-
-        def fill(index: int) -> None:
-            images[index] = self._decode(index)
-
-        with ThreadPoolExecutor() as pool:
-            for _ in pool.map(fill, range(len(self))):
-                pass
-        return MemoryImages(images, self.labels)
-
-    def _decode(self, index: int) -> Tensor:
-        try:
-            picture = self.dataset[index][0]
-        except OSError as error:
-            raise ValueError(f"Expected every image to be readable, but got at index {index}: {error}.") from error
-        image: Tensor = pil_to_tensor(picture)
-        if self.size is not None and tuple(image.shape[1:]) != tuple(self.size):
-            image = resize(image, list(self.size), antialias=True)
-        if self.shape[0] >= 0 and tuple(image.shape) != self.shape:
-            raise ValueError(
-                f"Expected all images to have shape {self.shape}, but the one at index {index} has "
-                f"{tuple(image.shape)}. Set `image_size` to resize them."
-            )
-        return image
 
 
 class ReplacedImages(LabeledImages):
@@ -115,13 +109,24 @@ class ReplacedImages(LabeledImages):
         source: the set.
         indices: `(M,)` which images, sorted.
         images: `(M, C, H, W)`, uint8, what replaces them.
+
+    Raises:
+        ValueError: for replacements of another type, shape or number.
     """
 
     def __init__(self, source: LabeledImages, indices: Tensor, images: Tensor) -> None:
+        if images.dtype != torch.uint8 or tuple(images.shape) != (len(indices), *source.shape):
+            raise expected(
+                "images", f"uint8 of shape {(len(indices), *source.shape)}", f"{images.dtype} of {tuple(images.shape)}"
+            )
         self.source, self.images = source, images
         self.labels, self.shape, self.in_memory = source.labels, source.shape, source.in_memory
         self.position = torch.full((len(source),), -1)
         self.position[indices] = torch.arange(len(indices))
+
+    def name_of(self, index: int) -> str:
+        """The name of the image that was there before."""
+        return self.source.name_of(index)
 
     def read(self, indices: Tensor) -> Tensor:
         """Read the set, then put the others in."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nba_lightning.core.checks import check_range, expected
 from nba_lightning.core.randomness import shuffled
+from nba_lightning.data.dataset import checked_labels
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,42 @@ def draw_partition(
                 f"{clean_fraction}, which asks for {quota}",
             )
         chosen = available[shuffled(len(available), seed, 1, label)][:quota]
-        held_out = min(round(validation_fraction * quota), quota - 1)
-        validation.append(chosen[:held_out])
-        clean.append(chosen[held_out:])
+        kept, held_out = divided(chosen, validation_fraction)
+        clean.append(kept)
+        validation.append(held_out)
     validation_part = torch.cat(validation).sort().values
     training = torch.ones(total, dtype=torch.bool)
     training[validation_part] = False
     return Partition(training.nonzero().flatten(), poisoned, cross, torch.cat(clean).sort().values, validation_part)
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Hold out a share of each class, drawn at random.
+
+    Which images of a class are drawn depends on their order within the class alone, not on the other classes.
+
+    Args:
+        labels: `(N,)` integer classes.
+        fraction: share of each class to hold out, in [0, 1); rounded, and always less than the whole class.
+        seed: seed of the draw.
+
+    Returns:
+        Sorted int64 indices `(N - M,)` to train on and `(M,)` to hold out.
+
+    Raises:
+        ValueError: if the fraction is out of range or the labels are no class numbers.
+    """
+    check_range("fraction", fraction, 0.0, 1.0, open_high=True)
+    labels = checked_labels(labels, len(labels))
+    parts = []
+    for label in torch.unique(labels).tolist():
+        members = (labels == label).nonzero().flatten()
+        parts.append(divided(members[shuffled(len(members), seed, 1, label)], fraction))
+    kept, held_out = (torch.cat(part).sort().values for part in zip(*parts, strict=True))
+    return kept, held_out
+
+
+def divided(members: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Divide `(n,)` indices, drawn in a random order, into those to train on, at least one, and those held out."""
+    held_out = min(round(fraction * len(members)), len(members) - 1)
+    return members[held_out:], members[:held_out]

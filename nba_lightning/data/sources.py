@@ -1,22 +1,25 @@
-"""Where labelled images come from: scikit-learn's digits, torchvision's sets, a folder of one's own."""
+"""Where labelled images come from: what all sources share, and scikit-learn's digits."""
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torchvision.datasets import ImageFolder
 
-from nba_lightning.core.checks import check_at_least, expected, first_few
+from nba_lightning.core.checks import expected, first_few
 from nba_lightning.core.randomness import shuffled
-from nba_lightning.data.dataset import DiskImages, LabeledImages, MemoryImages
+from nba_lightning.data.dataset import LabeledImages, MemoryImages
+from nba_lightning.data.disk import DiskImages
+from nba_lightning.data.partition import divided
 
 
 class Source(ABC):
-    """Base class of all sources."""
+    """Base class of all sources.
+
+    Attributes:
+        classes: names of the classes in the order of their numbers. A source whose classes have names sets it in
+            ``load`` at the latest; else :meth:`check` sets it to the numbers.
+    """
+
+    classes: list[str]
 
     @abstractmethod
     def load(self) -> tuple[LabeledImages, LabeledImages]:
@@ -24,6 +27,42 @@ class Source(ABC):
 
     def download(self) -> None:  # noqa: B027
         """Fetch what is missing, called once per machine. Nothing to do by default."""
+
+    def check(self, train: LabeledImages, test: LabeledImages) -> list[str]:
+        """The names of the classes, after making sure that the labels of both sets count the same classes.
+
+        Args:
+            train: the training set.
+            test: the test set.
+
+        Returns:
+            ``classes``, K names.
+
+        Raises:
+            ValueError: if there are fewer than two classes, either set has labels beyond 0 to K - 1, one has a class
+                that the other has not, or classes without names leave a gap.
+        """
+        found, others = (set(torch.unique(images.labels).tolist()) for images in (train, test))
+        named = list(getattr(self, "classes", ()))
+        names = named or [str(label) for label in range(max(found, default=0) + 1)]
+        beyond, gaps = found - set(range(len(names))), set(range(len(names))) - found
+        if len(found) < 2:
+            raise ValueError(f"Expected training images of at least 2 classes, but got {len(found)}.")
+        if found != others:
+            raise ValueError(
+                "Expected training and test images of the same classes, but got only in training "
+                f"{_listed(found - others)} and only in test {_listed(others - found)}."
+            )
+        if beyond:
+            raise expected("labels", f"in 0 to {len(names) - 1}, for {len(names)} classes", _listed(beyond))
+        if gaps and not named:
+            raise expected("labels", "from 0 without a gap", f"up to {max(found)} without {_listed(gaps)}")
+        self.classes = names
+        return names
+
+
+def _listed(labels: set[int]) -> str:
+    return first_few(str(label) for label in sorted(labels)) or "none"
 
 
 class Digits(Source):
@@ -37,6 +76,7 @@ class Digits(Source):
         if not 0.0 < test_fraction < 1.0:
             raise expected("test_fraction", "in (0, 1)", test_fraction)
         self.test_fraction = test_fraction
+        self.classes = [str(digit) for digit in range(10)]
 
     def load(self) -> tuple[LabeledImages, LabeledImages]:
         """Training and test set, images `(1, 8, 8)`."""
@@ -46,145 +86,16 @@ class Digits(Source):
         images = torch.from_numpy(data.images * (255.0 / 16.0)).round().to(torch.uint8).unsqueeze(1)
         labels = torch.from_numpy(data.target).long()
         is_test = torch.zeros(len(labels), dtype=torch.bool)
-        for label in torch.unique(labels).tolist():
+        for label in range(10):
             members = (labels == label).nonzero().flatten()
-            is_test[members[shuffled(len(members), label)][: round(self.test_fraction * len(members))]] = True
+            is_test[divided(members[shuffled(len(members), label)], self.test_fraction)[1]] = True
+        if not is_test.any():
+            raise expected("test_fraction", "large enough for a test image of each class", self.test_fraction)
         return MemoryImages(images[~is_test], labels[~is_test]), MemoryImages(images[is_test], labels[is_test])
 
 
-class Torchvision(Source):
-    """A classification set of torchvision.
-
-    Args:
-        dataset: class path, for example ``torchvision.datasets.CIFAR10``, ``...CIFAR100``, ``...GTSRB``, ``...SVHN``,
-            ``...MNIST`` or ``...FashionMNIST``.
-        root: folder that holds the set.
-        download: fetch it into ``root`` where it is missing.
-        image_size: resize all images to this height and width; needed where sizes differ (GTSRB).
-        memory_limit_mib: a set that decodes to more than this (MiB) is read from disk by workers instead.
-
-    Raises:
-        ValueError: if the class path names no torchvision set with a train and a test part, or the set is missing.
-    """
-
-    def __init__(
-        self,
-        dataset: str = "torchvision.datasets.CIFAR10",
-        root: str = ".data",
-        download: bool = False,
-        image_size: int | None = None,
-        memory_limit_mib: int = 2048,
-    ) -> None:
-        self.dataset_class = _import_dataset(dataset)
-        self.dataset, self.root, self.download_missing = dataset, root, download
-        self.image_size, self.memory_limit_mib = _checked(image_size, memory_limit_mib)
-
-    def download(self) -> None:
-        """Fetch both parts if asked for."""
-        if self.download_missing:
-            for train in (True, False):
-                self._open(train, download=True)
-
-    def load(self) -> tuple[LabeledImages, LabeledImages]:
-        """Training and test set."""
-        train, test = (self._load(part) for part in (True, False))
-        return train, test
-
-    def _load(self, train: bool) -> LabeledImages:
-        dataset = self._open(train, download=False)
-        raw, labels = getattr(dataset, "data", None), _labels_of(dataset)
-        if raw is None or self.image_size is not None:
-            return _sized(dataset, labels, self.image_size, self.memory_limit_mib)
-        images = torch.as_tensor(raw)
-        if images.ndim == 3:
-            images = images.unsqueeze(1)
-        elif images.shape[-1] in (1, 3):
-            images = images.permute(0, 3, 1, 2).contiguous()
-        return MemoryImages(images, labels)
-
-    def _open(self, train: bool, download: bool) -> Any:
-        parameters = inspect.signature(self.dataset_class).parameters
-        which: dict[str, Any] = {"train": train} if "train" in parameters else {"split": "train" if train else "test"}
-        if "download" in parameters:
-            which["download"] = download
-        try:
-            return self.dataset_class(self.root, **which)
-        except (RuntimeError, FileNotFoundError) as error:
-            raise ValueError(
-                f"Expected `root` to hold {self.dataset}, but got {self.root!r}: {error} "
-                "Set `download: true` to fetch the set."
-            ) from error
-
-
-class ImageFolderSource(Source):
-    """A folder of one's own: ``root/train/<class>/*`` and ``root/test/<class>/*``. Images are read as RGB.
-
-    Args:
-        root: the folder. Classes are its subfolders in alphabetical order.
-        image_size: resize all images to this height and width; needed where sizes differ.
-        memory_limit_mib: a set that decodes to more than this (MiB) is read from disk by workers instead.
-
-    Raises:
-        ValueError: if a part is missing or has no images, or train and test have different classes.
-    """
-
-    def __init__(self, root: str, image_size: int | None = None, memory_limit_mib: int = 2048) -> None:
-        self.root = root
-        self.image_size, self.memory_limit_mib = _checked(image_size, memory_limit_mib)
-
-    def load(self) -> tuple[LabeledImages, LabeledImages]:
-        """Training and test set."""
-        train, test = self._open("train"), self._open("test")
-        if train.classes != test.classes:
-            odd = sorted(set(train.classes) ^ set(test.classes))
-            raise ValueError(
-                f"Expected `root` to have the same classes in train and test, but got {len(train.classes)} and "
-                f"{len(test.classes)}; only in one of them: {first_few(odd)}."
-            )
-        first, second = (
-            _sized(part, torch.tensor(part.targets), self.image_size, self.memory_limit_mib) for part in (train, test)
-        )
-        return first, second
-
-    def _open(self, part: str) -> ImageFolder:
-        folder = Path(self.root) / part
-        try:
-            return ImageFolder(str(folder))
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"Expected `root` to hold images as {part}/<class>/*, but got {str(folder)!r}: {error}."
-            ) from error
-
-
-def _checked(image_size: int | None, memory_limit_mib: int) -> tuple[int | None, int]:
-    if image_size is not None:
-        check_at_least("image_size", image_size, 1)
-    check_at_least("memory_limit_mib", memory_limit_mib, 0)
-    return image_size, memory_limit_mib
-
-
-def _sized(dataset: Any, labels: Tensor, image_size: int | None, memory_limit_mib: int) -> LabeledImages:
-    images = DiskImages(dataset, labels, None if image_size is None else (image_size, image_size))
+def in_memory_if_small(images: DiskImages, limit_mib: int) -> LabeledImages:
+    """The set decoded into memory where it takes at most so many MiB there, else as it is."""
     channels, height, width = images.shape
-    fits = len(images) * channels * height * width <= memory_limit_mib * 2**20
+    fits = len(images) * channels * height * width <= limit_mib * 2**20
     return images.in_memory_copy() if fits else images
-
-
-def _labels_of(dataset: Any) -> Tensor:
-    for name in ("targets", "labels", "_labels"):
-        labels: Sequence[int] | None = getattr(dataset, name, None)
-        if labels is not None:
-            return torch.as_tensor(labels).long()
-    return torch.tensor([label for _, label in getattr(dataset, "_samples", None) or dataset])
-
-
-def _import_dataset(path: str) -> Any:
-    import torchvision.datasets
-
-    module, _, name = path.rpartition(".")
-    found = getattr(torchvision.datasets, name, None)
-    if module != "torchvision.datasets" or not inspect.isclass(found):
-        raise expected("dataset", "a class path such as torchvision.datasets.CIFAR10", repr(path))
-    if not {"train", "split"} & set(inspect.signature(found).parameters):
-        raise expected("dataset", "a set with a train and a test part", repr(path))
-    return found
