@@ -44,8 +44,8 @@ def failing_fit(*arguments):
         (["--model.model=SmalCNN"], "Expected `--model.model` to name a class, but got 'SmalCNN'. Did you mean SmallC"),
         (["--model.lrr=1"], "Expected an argument of Classifier, but got 'lrr' (`--model`). Did you mean lr?"),
         (
-            ["--data.attack.sise=1"],
-            "Expected an argument of BadNets, but got 'sise' (`--data.attack`). Did you mean s",
+            ["--data.attack.positions=1"],
+            "Expected an argument of BadNets, but got 'positions' (`--data.attack`). Did you mean p",
         ),
         (
             ["--trainer.max_epochz=1"],
@@ -100,6 +100,7 @@ def test_errors_of_commands(arguments, sentence):
         (PermissionError(errno.EACCES, "Permission denied", "a/b"), "Permission denied: 'a/b'"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "Is a directory: 'a'"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a"), "Not a directory: 'a'"),
+        (OSError(errno.ENOSPC, "No space left on device", "tmp", None, "a"), "No space left on device: 'a'"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device."),
         (ValueError("Expected `a` to be b, but got c."), "Expected `a` to be b, but got c."),
         (AttributeError("a bug"), f"AttributeError: a bug\n{ADVICE}"),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from nba_lightning.app.cli import main
-from nba_lightning.app.commands import COMMANDS
+from nba_lightning.app.commands import COMMANDS, Command
 from nba_lightning.app.parser import USUAL
 
 PARTS = ["--config", "digits", "--config", "badnets", "--config", "fine_tuning", "--config", "small_cnn_digits"]
@@ -77,6 +77,13 @@ def test_last_without_a_checkpoint_is_said(tmp_path, caplog):
     assert "There is no last.ckpt" not in caplog.text
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_an_evaluation_of_a_last_checkpoint_that_is_missing_is_refused(command, tmp_path):
+    places = [f"--checkpoint.dirpath={tmp_path}", f"--trainer.default_root_dir={tmp_path}"]
+    with pytest.raises(SystemExit, match="Expected `--checkpoint.dirpath` to be a folder with last.ckpt"):
+        main([command, *PARTS, *QUICK, *places, "--ckpt_path=last"])
+
+
 def test_configurations_are_numbered_and_only_a_fit_writes_one(tmp_path):
     fit(tmp_path, "--overwrite=true")
     first = (tmp_path / "config.yaml").read_text()
@@ -119,6 +126,25 @@ def test_help_of_a_class_and_of_our_own_commands(capsys):
     for name, command in COMMANDS.items():
         assert re.search(rf"^    {name} +{command.help[:20]}", top, re.MULTILINE)
     assert "--attack {badnets,blended}" in helped(capsys, "demo", "--help")
+
+
+def test_a_command_is_a_line_in_the_table_and_is_imported_when_it_is_called(tmp_path, monkeypatch, capsys):
+    (tmp_path / "probe.py").write_text(
+        "def probe(status: int, word: str = 'none'):\n"
+        "    if status < 0:\n        raise ValueError(f'Expected `status` to be at least 0, but got {status}.')\n"
+        "    print(word)\n    return status\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(COMMANDS, "missing", Command("no_such_module:function", "Never called."))
+    monkeypatch.setitem(COMMANDS, "probe", Command("probe:probe", "Says a word."))
+    assert re.search(r"missing +Never called\.\n +probe +Says a word\.", helped(capsys, "--help"))
+    main(["probe", "--status=0", "--word=yes"])
+    assert capsys.readouterr().out == "yes\n"
+    with pytest.raises(SystemExit) as end:
+        main(["probe", "--status=3"])
+    assert end.value.code == 3
+    with pytest.raises(SystemExit, match=r"Error: Expected `status` to be at least 0, but got -1\. \(--status\)"):
+        main(["probe", "--status=-1"])
 
 
 def test_start_up_prints_what_is_ours(tmp_path):

@@ -20,7 +20,7 @@ from nba_lightning.app.configs import arranged, read_config
 from nba_lightning.app.errors import CommandError, UsageError, explained
 from nba_lightning.app.parser import Parser
 from nba_lightning.app.quiet import quiet
-from nba_lightning.app.runs import KeepConfig, check_checkpoint, check_free, kept, results_folder
+from nba_lightning.app.runs import KeepConfig, check_checkpoint, check_free, check_last, kept, results_folder
 from nba_lightning.callbacks import PredictionWriter
 from nba_lightning.core.checks import expected
 from nba_lightning.io.checkpoints import BROKEN, SafeCheckpointIO
@@ -122,6 +122,12 @@ class NBALightningCLI(LightningCLI):
     def before_fit(self) -> None:
         """Spare the results of other runs."""
         check_free(self.trainer, self._get(self.config, "ckpt_path"), self._get(self.config, "overwrite"))
+
+    def before_validate(self) -> None:
+        """Ask for the checkpoint before the images."""
+        check_last(self.trainer, self._get(self.config, "ckpt_path"))
+
+    before_test = before_predict = before_validate
 
     def after_fit(self) -> None:
         """Say where the checkpoints are."""

@@ -49,7 +49,8 @@ def explained(error: BaseException, config: dict[str, Any] | None = None) -> str
     if isinstance(inner, torch.OutOfMemoryError):
         return f"The device has too little memory; try a smaller `--data.batch_size` ({text.splitlines()[0]})"
     if isinstance(inner, OSError) and inner.strerror:
-        return f"{inner.strerror}: {inner.filename!r}" if inner.filename is not None else f"{inner.strerror}."
+        path = inner.filename2 or inner.filename  # of a copy, where it was to go
+        return f"{inner.strerror}: {path!r}" if path is not None else f"{inner.strerror}."
     if isinstance(inner, _PLAIN):
         return text
     if isinstance(inner, ValueError) and "Union subtypes" in text:

@@ -31,6 +31,7 @@ _WARNED = (
     r"The '\w+' does not have many workers",  # sets in memory need none
     r"Found \d+ module\(s\) in eval mode at the start of training",  # the teacher is; ours say what trains
     r"Checkpoint directory .* exists and is not empty",  # refused or resumed: see app/runs.py
+    r"The dirpath has changed from",  # which checkpoint was the best of another folder
     r"`?\.fit\(ckpt_path=\"last\"\) is set, but there is no last checkpoint",  # our own sentence: app/runs.py
 )
 """Beginnings of warnings, as regular expressions."""

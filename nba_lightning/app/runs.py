@@ -57,14 +57,32 @@ def check_free(trainer: pl.Trainer, ckpt_path: str | None, overwrite: bool) -> N
     folder = results_folder(trainer)
     _check_writable(folder, "checkpoint.dirpath")
     found = [name for name in _RESULTS if (folder / name).exists()]
-    if ckpt_path == "last" and not (folder / "last.ckpt").exists() and not list(folder.glob("last-v*.ckpt")):
-        rank_zero_info(f"There is no last.ckpt in {folder}: this fit starts from the beginning.")
+    if ckpt_path == "last" and not _has_last(folder):
+        rank_zero_info(
+            f"There is no last.ckpt in {folder}: this fit starts from the beginning. "
+            "(`--checkpoint.dirpath` names the folder of a run.)"
+        )
     if found and ckpt_path is None and not overwrite and not _requeued(trainer):
         raise ValueError(
             f"Expected `--checkpoint.dirpath` to be a folder without results, but got {str(folder)!r} with "
             f"{' and '.join(found)} of another run. Use `--ckpt_path last` to go on with it, another folder "
             "for a new run, or `--overwrite true` to replace it."
         )
+
+
+def check_last(trainer: pl.Trainer, ckpt_path: str | None) -> None:
+    """Refuse to evaluate a network without the checkpoint that was asked for.
+
+    Raises:
+        ValueError: if ``ckpt_path`` is ``last`` and there is none.
+    """
+    folder = results_folder(trainer)
+    if ckpt_path == "last" and not _has_last(folder):
+        raise expected("--checkpoint.dirpath", "a folder with last.ckpt for `--ckpt_path last`", repr(str(folder)))
+
+
+def _has_last(folder: Path) -> bool:
+    return any(folder.glob("last*.ckpt"))
 
 
 def _check_writable(folder: str | Path, option: str) -> None:
