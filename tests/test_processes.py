@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 
 from nba_lightning import NBA, Classifier
+from tests.helpers import drifted
 from tests.processes.cases import SAME, run
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +65,7 @@ def test_metrics_count_every_image_once(both, name):
             assert found == pytest.approx(expected, abs=1.5 / 323)
 
 
-@pytest.mark.parametrize("name", ["input_aware", "trojannn", "lc", "anp"])
+@pytest.mark.parametrize("name", ["input_aware", "trojannn", "lc", "anp_by_batch"])
 def test_what_depends_on_the_split_still_agrees_on_all_processes(both, name):
     _, ranks, _ = both
     learned = {key for key in ranks[0][name] if "running" not in key}  # statistics are each process's own
@@ -91,7 +92,7 @@ def test_metrics_are_exact_on_the_same_weights(tmp_path, both):
 
 
 def test_sharded_strategies_are_refused_at_setup(network, clean_digits, trainer):
-    module, runner = NBA(network), trainer()
+    module, runner = NBA(network, teacher=drifted(network)), trainer()
     runner.strategy.__class__ = type("Sharded", (FSDPStrategy,), {})
     module._trainer = runner
     with pytest.raises(ValueError, match="keeps the whole network on each process, such as `ddp`, for NBA"):

@@ -29,6 +29,7 @@ from nba_lightning import (
 from nba_lightning.attacks import LC, BadNets, InputAware, TrojanNN
 from nba_lightning.networks import SmallCNN
 from nba_lightning.pseudo import UniversalPerturbations
+from tests.helpers import lively
 
 GLOBAL_BATCH = 24
 
@@ -58,8 +59,18 @@ def teacher():
     return NoStatistics()
 
 
+def resting():
+    """A network whose BatchNorm layers rest in ``eval`` mode, and so do not depend on the batch either."""
+    found = lively(network(SmallCNN))
+    for norm in (module for module in found.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.eval()
+    return found
+
+
 def nba():
-    return NBA(network(), teacher=teacher(), pseudo=UniversalPerturbations(rms=0.2, steps=3))
+    """All images are pseudo samples, none is mixed: which ones are depends on the split otherwise."""
+    pseudo = UniversalPerturbations(rms=0.2, steps=3)
+    return NBA(network(), teacher=teacher(), pseudo=pseudo, pseudo_share=1.0, labelled_share=1.0)
 
 
 # Defences whose step on a global batch is the same however the batch is split.
@@ -68,7 +79,8 @@ SAME = {
     "fine_pruning": lambda: FinePruning(network(), max_drop=0.3),
     "nad": lambda: NAD(network(), teacher=teacher(), betas=[1.0, 1.0], lr=0.02),
     "nba": nba,
-    "ft_sam": lambda: FTSAM(network(), rho=0.5),
+    "ft_sam": lambda: FTSAM(network(), rho=20.0, lr=0.1),
+    "anp": lambda: ANP(resting(), steps=2),
     "sau": lambda: SAU(network(), lr=1e-3),
     "i_bau": lambda: IBAU(network(), portion=1.0, lr=1e-3),
 }
@@ -102,7 +114,8 @@ def run(folder, world):
     for name, make in SAME.items():
         module, loaded, runner = make(), data(world), trainer(Path(folder) / name, world)
         runner.fit(module, loaded)
-        found[name] = module.model.state_dict()
+        learned = {key: value for key, value in module.state_dict().items() if key.startswith("masks.")}
+        found[name] = {**module.model.state_dict(), **learned}
         found[f"{name}/metrics"] = trainer(folder, world).test(module, loaded, verbose=False)
         if name == "nba":
             found["bank"], found["partition"] = module.pseudo.bank, vars(loaded.partition)
@@ -132,7 +145,7 @@ def agree(folder, world):
     saver = ModelCheckpoint(Path(folder) / "ckpt", save_last=True)
     trainer(folder, world, enable_checkpointing=True, callbacks=[saver]).fit(anp, loaded)
     # The mask of a channel is trained on every process; running statistics are each process's own.
-    found["anp"] = {f"mask{i}": mask.detach() for i, mask in enumerate(anp.masks)}
+    found["anp_by_batch"] = {f"mask{i}": mask.detach() for i, mask in enumerate(anp.masks)}
     return found
 
 
