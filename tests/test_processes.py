@@ -10,18 +10,21 @@ from lightning.pytorch.strategies import FSDPStrategy
 
 from nba_lightning import NBA, Classifier
 from tests.helpers import drifted
-from tests.processes.cases import SAME, run
+from tests.processes.cases import AGREE, SAME, run
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """What two processes found, and what one finds."""
+def both(request, tmp_path_factory):
+    """What two processes found, and what one finds, of the cases that the chosen tests ask for."""
+    asking = [item for item in request.session.items if "both" in getattr(item, "fixturenames", ())]
+    named = {item.callspec.params["name"] for item in asking if hasattr(item, "callspec")}
+    names = sorted(named) if all(hasattr(item, "callspec") for item in asking) else [*SAME, *AGREE]
     folder = tmp_path_factory.mktemp("two")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ran = subprocess.run(
-        [*launch, "-m", "tests.processes.cases", str(folder)],
+        [*launch, "-m", "tests.processes.cases", str(folder), *names],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -30,7 +33,7 @@ def both(tmp_path_factory):
     )
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    return folder, ranks, run(tmp_path_factory.mktemp("one"), 1)
+    return folder, ranks, run(tmp_path_factory.mktemp("one"), 1, names)
 
 
 def close(first, second, **tolerance):
@@ -65,7 +68,7 @@ def test_metrics_count_every_image_once(both, name):
             assert found == pytest.approx(expected, abs=1.5 / 323)
 
 
-@pytest.mark.parametrize("name", ["input_aware", "trojannn", "lc", "anp_by_batch"])
+@pytest.mark.parametrize("name", AGREE)
 def test_what_depends_on_the_split_still_agrees_on_all_processes(both, name):
     _, ranks, _ = both
     learned = {key for key in ranks[0][name] if "running" not in key}  # statistics are each process's own

@@ -1,6 +1,6 @@
 """What one process of several does; torchrun starts it, and the tests call it in one process to compare.
 
-torchrun --standalone --nproc-per-node 2 -m tests.processes.cases FOLDER
+torchrun --standalone --nproc-per-node 2 -m tests.processes.cases FOLDER NAME...
 """
 
 import logging
@@ -108,11 +108,11 @@ def data(world, attack=None, train_on="clean", **kwargs):
     )
 
 
-def run(folder, world):
+def run(folder, world, names):
     """Everything that must be the same on every process and for any number of them."""
     found = {}
-    for name, make in SAME.items():
-        module, loaded, runner = make(), data(world), trainer(Path(folder) / name, world)
+    for name in (name for name in SAME if name in names):
+        module, loaded, runner = SAME[name](), data(world), trainer(Path(folder) / name, world)
         runner.fit(module, loaded)
         learned = {key: value for key, value in module.state_dict().items() if key.startswith("masks.")}
         found[name] = {**module.model.state_dict(), **learned}
@@ -122,38 +122,55 @@ def run(folder, world):
     return found
 
 
-def agree(folder, world):
+def agree(folder, world, names):
     """What must be the same on every process, but depends on how batches are split."""
-    found = {}
+    return {name: AGREE[name](folder, world) for name in AGREE if name in names}
+
+
+def input_aware(folder, world):
     joint = data(world, InputAware(width=8), "untriggered")
     joint.batch_size = 128
     module = InputAwareTraining(network(SmallCNN), mask_epochs=1)
     strategy = "ddp_find_unused_parameters_true" if world > 1 else "auto"
     trainer(folder, world, strategy=strategy).fit(module, joint)
-    found["input_aware"] = {**module.model.state_dict(), **joint.attack.pattern_network.state_dict()}
-    for name, attack in {
-        "trojannn": TrojanNN(network(SmallCNN).eval(), steps=3),
-        "lc": LC(network(SmallCNN).eval(), steps=2),
-    }.items():
+    return {**module.model.state_dict(), **joint.attack.pattern_network.state_dict()}
+
+
+def optimised(make):
+    """A trigger that is optimised before training."""
+
+    def fit(folder, world):
+        attack = make()
         poisoned = data(world, attack, "poisoned")
         poisoned.batch_size = 128
         classifier = Classifier(network(SmallCNN))
         trainer(folder, world, max_steps=3, max_epochs=-1).fit(classifier, poisoned)
         state = {key: value for key, value in attack.state_dict().items() if isinstance(value, torch.Tensor)}
-        found[name] = {**classifier.model.state_dict(), **state}
-    anp, loaded = ANP(network(SmallCNN)), data(world)
-    saver = ModelCheckpoint(Path(folder) / "ckpt", save_last=True)
-    trainer(folder, world, enable_checkpointing=True, callbacks=[saver]).fit(anp, loaded)
-    # The mask of a channel is trained on every process; running statistics are each process's own.
-    found["anp_by_batch"] = {f"mask{i}": mask.detach() for i, mask in enumerate(anp.masks)}
-    return found
+        return {**classifier.model.state_dict(), **state}
+
+    return fit
+
+
+def anp_by_batch(folder, world):
+    """The mask of a channel is trained on every process; running statistics are each process's own."""
+    anp, saver = ANP(network(SmallCNN)), ModelCheckpoint(Path(folder) / "ckpt", save_last=True)
+    trainer(folder, world, enable_checkpointing=True, callbacks=[saver]).fit(anp, data(world))
+    return {f"mask{i}": mask.detach() for i, mask in enumerate(anp.masks)}
+
+
+AGREE = {
+    "input_aware": input_aware,
+    "trojannn": optimised(lambda: TrojanNN(network(SmallCNN).eval(), steps=3)),
+    "lc": optimised(lambda: LC(network(SmallCNN).eval(), steps=2)),
+    "anp_by_batch": anp_by_batch,
+}
 
 
 def main():
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    folder, world = Path(sys.argv[1]), 2
-    found = run(folder, world) | agree(folder / "agree", world)
+    folder, names, world = Path(sys.argv[1]), sys.argv[2:], 2
+    found = run(folder, world, names) | agree(folder / "agree", world, names)
     torch.save(found, folder / f"rank{torch.distributed.get_rank()}.pt")
 
 
