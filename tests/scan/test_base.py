@@ -8,13 +8,13 @@ from torch import nn
 
 from nba_lightning.io.adapters import Normalized
 from nba_lightning.networks import SmallCNN
-from nba_lightning.scan import Conformal, MaximumMargin, Scan, ScanResult, sentence
+from nba_lightning.scan import ClassShift, Conformal, MaximumMargin, Scan, ScanResult, sentence
 from nba_lightning.scan.base import Reservoir, images_of
 from tests.scan.zoo import PixelGroups, same, snapshot
 
 
 def scans():
-    return [MaximumMargin(starts=2, steps=3)]
+    return [MaximumMargin(starts=2, steps=3), ClassShift()]
 
 
 def loader(classes=4):
