@@ -221,11 +221,16 @@ def images_of(batch: Any, network: nn.Module) -> tuple[Tensor, Tensor | None]:
     return images[real].float(), labels[real].long()
 
 
-def check_finite(network: nn.Module) -> None:
+def check_finite(network: nn.Module, role: str = "network") -> None:
     """Raise if a weight or buffer is not a finite number; the message names it."""
     for name, value in [*network.named_parameters(), *network.named_buffers()]:
         if value.is_floating_point() and not bool(value.detach().isfinite().all()):
-            raise ValueError(f"Expected `network` to have finite weights, but got NaN or infinity in {name}.")
+            raise ValueError(f"Expected `{role}` to have finite weights, but got NaN or infinity in {name}.")
+
+
+def inward(inputs: Tensor, ascent: Tensor) -> Tensor:
+    """Directions of ascent without what points out of [0, 1], which would use up the length of a normalised step."""
+    return ascent.masked_fill(((inputs <= 0) & (ascent < 0)) | ((inputs >= 1) & (ascent > 0)), 0.0)
 
 
 @torch.no_grad()

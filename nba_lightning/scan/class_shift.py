@@ -123,7 +123,7 @@ class _Programs:
     """The K least squares problems, with rows of length 1 and right sides whose largest is 1."""
 
     def __init__(self, weight: Tensor, needed: Tensor) -> None:
-        self.weight, self.others = weight, 1 - torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+        self.weight, self.others = weight, torch.ones_like(needed).fill_diagonal_(0)
         distances: Tensor = torch.cdist(weight, weight, compute_mode="donot_use_mm_for_euclid_dist")
         self.sizes = distances.clamp(min=1e-12)
         # The lengths that single constraints ask for bound the shift from below: the unit in which all is measured.
@@ -152,7 +152,8 @@ class _Programs:
         for _ in range(100):
             vector = vector / vector.norm(dim=1, keepdim=True).clamp(min=1e-12)
             vector = self.gains(self.shift(vector)) + (self.right * vector).sum(dim=1, keepdim=True) * self.right
-        return 1.1 * vector.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        largest: Tensor = vector.norm(dim=1, keepdim=True)
+        return 1.1 * largest.clamp(min=1e-12)
 
     def solution(self, dual: Tensor) -> tuple[Tensor, Tensor]:
         """Lengths and residuals `(K,)`; see :func:`shortest_shifts`."""

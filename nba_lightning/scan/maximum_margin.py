@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nba_lightning.core.checks import check_at_least, check_range
 from nba_lightning.core.randomness import generator_for
-from nba_lightning.scan.base import Measured, Scan, Subject
+from nba_lightning.scan.base import Measured, Scan, Subject, inward
 
 
 class MaximumMargin(Scan):
@@ -85,11 +85,6 @@ class MaximumMargin(Scan):
                 rate = length * (1 - step / self.steps)
                 inputs = (leaf.detach() + rate * gradients / norms).clamp(0.0, 1.0)
         return best, reached
-
-
-def inward(inputs: Tensor, gradients: Tensor) -> Tensor:
-    """Gradients without what points out of [0, 1], which would use up the length of a normalised step."""
-    return gradients.masked_fill(((inputs <= 0) & (gradients < 0)) | ((inputs >= 1) & (gradients > 0)), 0.0)
 
 
 def margin(logits: Tensor, classes: Tensor) -> Tensor:

@@ -8,13 +8,15 @@ from torch import nn
 
 from nba_lightning.io.adapters import Normalized
 from nba_lightning.networks import SmallCNN
-from nba_lightning.scan import ClassShift, Conformal, MaximumMargin, Scan, ScanResult, sentence
+from nba_lightning.scan import ClassShift, Conformal, MaximumMargin, Scan, ScanResult, TeacherDisagreement, sentence
 from nba_lightning.scan.base import Reservoir, images_of
 from tests.scan.zoo import PixelGroups, same, snapshot
 
 
 def scans():
-    return [MaximumMargin(starts=2, steps=3), ClassShift()]
+    torch.manual_seed(5)
+    teacher = SmallCNN(width=4, in_channels=1, num_classes=4)
+    return [MaximumMargin(starts=2, steps=3), ClassShift(), TeacherDisagreement(teacher, rms=(0.1,), steps=2)]
 
 
 def loader(classes=4):
