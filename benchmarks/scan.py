@@ -14,6 +14,8 @@ The report takes the references of the conformal rule from clean networks with a
 import argparse
 import copy
 import gzip
+import hashlib
+import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +39,8 @@ from nba_lightning.scan import ClassShift, MaximumMargin, Scan, TeacherDisagreem
 ATTACKS = ("badnets", "blended", "sig", "wanet", "bpp", "lf", "refool", "lc", "trojannn", "ftrojan")
 COLOUR_ONLY = ("ftrojan",)
 RATES = {"relabelling": (0.1, 0.05, 0.02), "clean label": (0.08, 0.06, 0.04)}
+EASIER = {"bpp": {"levels": 3, "negative_ratio": 0.0}}
+"""Attacks are those of ``configs/attack``, but for what networks this small do not learn in so few epochs."""
 BATCH_SIZE = 128
 
 
@@ -88,6 +92,11 @@ def _some(images: LabeledImages, number: int, seed: int) -> MemoryImages:
     return MemoryImages(images.read(chosen), images.labels[chosen])
 
 
+def surrogate(data: str) -> Network:
+    """The network that LC and TrojanNN consult."""
+    return Network(data, "clean", None, 0.0, 0)
+
+
 def source_of(args: argparse.Namespace) -> Source:
     if args.data == "digits":
         return common.Loaded(Digits())
@@ -98,16 +107,27 @@ def source_of(args: argparse.Namespace) -> Source:
 def population(args: argparse.Namespace, channels: int, classes: int) -> list[Network]:
     """The clean networks and ``args.each`` of every attack, with targets and rates in turn."""
     found = [Network(args.data, "clean", None, 0.0, seed) for seed in range(args.clean)]
-    for i, attack in enumerate(name for name in args.attacks if channels == 3 or name not in COLOUR_ONLY):
+    for attack in (name for name in args.attacks if channels == 3 or name not in COLOUR_ONLY):
         spec = config("attack", attack)["data"]["init_args"]["attack"]
         rates = RATES["clean label" if build(Attack, spec).clean_label else "relabelling"]
         for j in range(args.each):
-            found.append(Network(args.data, attack, (i + 3 * j) % classes, rates[j % 3], 1000 + j))
+            found.append(Network(args.data, attack, (ATTACKS.index(attack) + 3 * j) % classes, rates[j % 3], 1000 + j))
     return found
 
 
-def file_of(args: argparse.Namespace, name: str, what: str) -> Path:
-    return Path(args.work) / f"{name}.{what}.safetensors"
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """All that a result hangs on beside what :class:`Network` says."""
+    names = ("width", "image_size", "images", "test_images", "epochs", "owner")
+    names += ("teacher_epochs", "teacher_batch", "teacher_lr", "starts", "steps", "rms")
+    return {**{name: getattr(args, name) for name in names}, "batch_size": BATCH_SIZE}
+
+
+def file_of(args: argparse.Namespace, cell: Network, what: str) -> Path:
+    """Where weights are kept: a name for each combination of all that they hang on."""
+    spec = None if cell.attack == "clean" else config("attack", cell.attack)
+    training = {name: value for name, value in settings(args).items() if name not in ("starts", "steps", "rms")}
+    key = json.dumps([cell._asdict(), training, spec, EASIER.get(cell.attack)])
+    return Path(args.work) / f"{cell.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.{what}.safetensors"
 
 
 def attack_of(args: argparse.Namespace, cell: Network, network: dict[str, int]) -> Attack | None:
@@ -115,12 +135,12 @@ def attack_of(args: argparse.Namespace, cell: Network, network: dict[str, int]) 
     if cell.attack == "clean":
         return None
     spec = config("attack", cell.attack)["data"]["init_args"]["attack"]
-    changes: dict[str, Any] = {"target": cell.target, "poison_rate": cell.poison_rate}
-    if file_of(args, cell.name, "attack").exists():
-        changes["state"] = str(file_of(args, cell.name, "attack"))
+    changes: dict[str, Any] = {"target": cell.target, "poison_rate": cell.poison_rate, **EASIER.get(cell.attack, {})}
+    if file_of(args, cell, "attack").exists():
+        changes["state"] = str(file_of(args, cell, "attack"))
     elif isinstance(build(Attack, spec), SurrogateAttack):
         changes["surrogate"] = {"class_path": "nba_lightning.networks.SmallCNN", "init_args": network}
-        changes["surrogate_weights"] = str(file_of(args, f"{cell.data}-clean-0", "network"))
+        changes["surrogate_weights"] = str(file_of(args, surrogate(cell.data), "network"))
     attack: Attack = build(Attack, merged(spec, {"init_args": changes}))
     return attack
 
@@ -132,6 +152,8 @@ def fitted(args: argparse.Namespace, path: Path, module: Classifier, data: Backd
         load_weights(module.model, path)
         return 0.0
     trainer(args, epochs, accelerator="cpu").fit(module, data)
+    if data.attack is not None and data.train_on == "poisoned":  # before the network, whose file says that all is there
+        save_weights(data.attack.state_dict(), Path(str(path).replace(".network.", ".attack.")))
     save_weights(module.model.state_dict(), path)
     return round(time.perf_counter() - start, 1)
 
@@ -147,19 +169,17 @@ def examine(args: argparse.Namespace, source: Source, cell: Network) -> dict[str
     data = BackdoorDataModule(drawn, attack, batch_size=BATCH_SIZE, **options)
     row: dict[str, Any] = cell._asdict()
     module = Classifier(network, seed=cell.seed)
-    row["seconds"] = fitted(args, file_of(args, cell.name, "network"), module, data, args.epochs)
+    row["seconds"] = fitted(args, file_of(args, cell, "network"), module, data, args.epochs)
     row |= common.test(args, module, data)
-    if attack is not None:
-        save_weights(attack.state_dict(), file_of(args, cell.name, "attack"))
     owner = BackdoorDataModule(drawn, attack, train_on="clean", batch_size=args.teacher_batch, **options)
     tuning = FineTuning(copy.deepcopy(network), lr=args.teacher_lr, seed=cell.seed)
-    row["teacher_seconds"] = fitted(args, file_of(args, cell.name, "teacher"), tuning, owner, args.teacher_epochs)
+    row["teacher_seconds"] = fitted(args, file_of(args, cell, "teacher"), tuning, owner, args.teacher_epochs)
     row["teacher"] = common.test(args, tuning, owner)
     owner.setup()
     images, labels = train.read(owner.partition.clean).float() / 255, train.labels[owner.partition.clean]
     found = [scan.scan(network, images, labels, progress=False) for scan in scans(args, tuning.model)]
     row["scans"] = {result.method: result.to_dict() for result in found}
-    return row | {"settings": settings(args, train), **common.provenance(args)}
+    return row | {"settings": settings(args), "image_shape": list(train.shape), **common.provenance(args)}
 
 
 def scans(args: argparse.Namespace, teacher: nn.Module) -> list[Scan]:
@@ -170,19 +190,11 @@ def scans(args: argparse.Namespace, teacher: nn.Module) -> list[Scan]:
     ]
 
 
-def settings(args: argparse.Namespace, train: LabeledImages) -> dict[str, Any]:
-    names = ("width", "images", "epochs", "owner", "teacher_epochs", "teacher_batch", "teacher_lr")
-    return {**{name: getattr(args, name) for name in names}, "image_shape": list(train.shape), "batch_size": BATCH_SIZE}
-
-
 def arguments() -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument(
-        "--data", default="fashion_mnist", help="fashion_mnist, digits, or a name for --root's folders"
-    )
-    options.add_argument(
-        "--root", help="folder of the images: Fashion-MNIST's files, or train/<class>/*, test/<class>/*"
-    )
+    options.add_argument("--data", default="fashion_mnist", help="fashion_mnist, digits, or a name of your own")
+    options.add_argument("--root", help="Fashion-MNIST's files, or a folder with train/<class>/* and test/<class>/*")
+    options.add_argument("--image-size", type=int, help="resize the images of folders")
     options.add_argument("--results", type=Path, default=common.HERE / "results" / "scan")
     options.add_argument("--work", type=Path, default=Path("runs/scan"), help="where networks are kept")
     options.add_argument("--attacks", nargs="+", default=ATTACKS, choices=ATTACKS)
@@ -211,6 +223,19 @@ def arguments() -> argparse.Namespace:
     return found
 
 
+def refuse_other_settings(args: argparse.Namespace, cells: list[Network]) -> None:
+    """Stop where a result is there that would not be made today."""
+    other = []
+    for cell in cells:
+        path = args.results / f"{cell.name}.json"
+        if common.done(path):
+            row = json.loads(path.read_text())
+            today = {**cell._asdict(), "settings": settings(args)}
+            other += [cell.name] * any(row.get(name) != value for name, value in today.items())
+    if other:
+        raise SystemExit(f"Results of other settings are there; delete or rename them: {', '.join(other)}.")
+
+
 def main() -> None:
     quiet()
     args = arguments()
@@ -223,7 +248,8 @@ def main() -> None:
     source = source_of(args)
     train, _ = source.load()
     cells = population(args, train.shape[0], int(train.labels.max()) + 1)
-    first = [cell for cell in cells if cell.name == f"{args.data}-clean-0"]  # the surrogate of LC and TrojanNN
+    refuse_other_settings(args, cells)
+    first = [surrogate(args.data)]
     failed = sum(
         run_cells(args, source, examine, [(cell.name, cell) for cell in some])
         for some in (first, [cell for cell in cells if cell not in first])

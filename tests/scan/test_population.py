@@ -43,13 +43,13 @@ def test_every_network_says_what_it_is(population):
     assert "asr" not in rows["digits-clean-0"]
     assert rows["digits-badnets-1000"]["asr"] > 0.5
     assert rows["digits-badnets-1000"]["target"] == 0
-    assert rows["digits-trojannn-1000"]["target"] == 1
+    assert rows["digits-trojannn-1000"]["target"] == 8
 
 
 def test_what_is_there_is_not_made_again_and_a_lost_result_is_scanned_again(population):
     path = population / "results" / "digits-badnets-1000.json"
     before, times = json.loads(path.read_text()), {p.name: p.stat().st_mtime_ns for p in path.parent.iterdir()}
-    weights = population / "work" / "digits-badnets-1000.network.safetensors"
+    (weights,) = (population / "work").glob("digits-badnets-1000-*.network.safetensors")
     trained = weights.stat().st_mtime_ns
     path.unlink()
     ran = call(population, *TINY, "--teacher-epochs", "1", "--starts", "2", "--steps", "5", "--owner", "0.1")
@@ -68,6 +68,12 @@ def test_the_report_reads_what_was_measured(population, tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert "| digits | badnets | 1 |" in ran.stdout
     assert "| digits | class_shift | studentised |" in ran.stdout
+
+
+def test_results_of_other_settings_are_not_taken_for_today_s(population):
+    ran = call(population, *TINY, "--teacher-epochs", "2", "--starts", "2", "--steps", "5", "--owner", "0.1")
+    assert ran.returncode == 1
+    assert "delete or rename them: digits-clean-0, digits-badnets-1000, digits-trojannn-1000" in ran.stderr
 
 
 def made_up(folder, attack, seed, statistics, asr=None, target=None):
