@@ -32,7 +32,7 @@ class MaximumMargin(Scan):
     nature have large margins too.
 
     Args:
-        starts: random images for each class.
+        starts: random images for each class, all at a time.
         steps: gradient steps.
         rms: length of the first step, as the root mean square over an image's values.
         **kwargs: arguments of :class:`~nba_lightning.scan.base.Scan`.
@@ -55,18 +55,16 @@ class MaximumMargin(Scan):
     def measure(self, subject: Subject, images: Tensor, labels: Tensor | None) -> Measured:
         """The largest margin `(K,)` and the inputs `(K, C, H, W)` that reach it."""
         generator = generator_for(self.seed, 13)
-        classes = torch.arange(subject.num_classes).repeat_interleave(self.starts)
-        inputs = torch.rand((len(classes), *subject.image_shape), generator=generator)
-        parts = list(zip(*(torch.split(whole, self.batch_size) for whole in (classes, inputs)), strict=True))
+        parts = torch.split(torch.arange(subject.num_classes), max(1, self.batch_size // self.starts))
         best, reached = [], []
         for i in subject.steps(len(parts), "largest margins"):
-            margins, found = self._climb(subject, parts[i][0].to(subject.device), parts[i][1].to(subject.device))
-            best.append(margins.cpu())
-            reached.append(found.cpu())
-        margins = torch.cat(best).view(subject.num_classes, self.starts)
-        statistics, chosen = margins.max(dim=1)
-        pictures = torch.cat(reached).view(*margins.shape, *subject.image_shape)
-        return Measured(statistics, pictures=pictures[torch.arange(len(chosen)), chosen])
+            inputs = torch.rand((len(parts[i]) * self.starts, *subject.image_shape), generator=generator)
+            classes = parts[i].repeat_interleave(self.starts)
+            margins, found = self._climb(subject, classes.to(subject.device), inputs.to(subject.device))
+            statistics, chosen = margins.view(len(parts[i]), self.starts).max(dim=1)
+            best.append(statistics)
+            reached.append(found.view(len(parts[i]), self.starts, *subject.image_shape)[range(len(chosen)), chosen])
+        return Measured(torch.cat(best), pictures=torch.cat(reached))
 
     def _climb(self, subject: Subject, classes: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The largest margins `(B,)` on the way up from ``inputs`` `(B, C, H, W)`, and where they were."""
