@@ -172,7 +172,7 @@ class NBA(Distillation):
         # The last images are mixed and the first are pseudo samples; loaders shuffle, so these are drawn at random.
         plain = len(images) - mixed
         images = torch.cat([images[:plain], self.mixing(images, generator)[plain:]]) if mixed else images
-        logits, observed = features(self.model, self._pseudo_samples(images, generator), self.layers)
+        logits, observed = features(self.model, self._perturbed(images, generator), self.layers)
         terms = self._terms(images, labels[:plain], logits, observed)
         loss = torch.stack(list(terms.values())).sum()
         self.log_dict({f"train/{name}": value for name, value in terms.items()})
@@ -198,7 +198,7 @@ class NBA(Distillation):
             found["alignment"] = weights.alignment * apart
         return found
 
-    def _pseudo_samples(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _perturbed(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """The batch `(B, C, H, W)`, its first ``pseudo_share`` as pseudo samples."""
         number = round(self.pseudo_share * len(images))
         if number == 0:

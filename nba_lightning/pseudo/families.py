@@ -117,7 +117,8 @@ class SmoothField(_Added):
         """See :meth:`Family.draw`."""
         draw = _Draw(number, pool, generator)
         field = draw.smooth(pool.shape[1])
-        return {"field": draw.either(field[:, :1].expand_as(field), field) * draw.uniform(0.05, 0.3, 1, 1, 1)}
+        grey = _peaked(field[:, :1]).expand_as(field)
+        return {"field": draw.either(grey, field) * draw.uniform(0.05, 0.3, 1, 1, 1)}
 
 
 class Sinusoid(_Added):

@@ -27,6 +27,7 @@ from nba_lightning import (
     InputAwareTraining,
 )
 from nba_lightning.attacks import LC, BadNets, InputAware, TrojanNN
+from nba_lightning.defenses.nba import Terms
 from nba_lightning.networks import SmallCNN
 from nba_lightning.pseudo import UniversalPerturbations
 from tests.helpers import lively
@@ -67,10 +68,13 @@ def resting():
     return found
 
 
+TERMS = Terms(cross_entropy=1.0, teacher=1.0, alignment=1.0)
+
+
 def nba():
     """All images are pseudo samples, none is mixed: which ones are depends on the split otherwise."""
     pseudo = UniversalPerturbations(rms=0.2, steps=3)
-    return NBA(network(), teacher=teacher(), pseudo=pseudo, pseudo_share=1.0, labelled_share=1.0)
+    return NBA(network(), teacher=teacher(), pseudo=pseudo, pseudo_share=1.0, terms=TERMS, mixed_share=0.0)
 
 
 # Defences whose step on a global batch is the same however the batch is split.
