@@ -42,6 +42,7 @@ class Loaded(Source):
 
     def __init__(self, source: Source) -> None:
         self.sets = source.load()
+        self.classes = source.check(*self.sets)
 
     def load(self) -> tuple[LabeledImages, LabeledImages]:
         return self.sets
