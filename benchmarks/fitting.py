@@ -7,11 +7,13 @@ import shutil
 from datetime import timedelta
 from typing import Any
 
+import torch
 from common import trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from meter import Meter, metered
 
 from nba_lightning import BackdoorDataModule, Classifier
+from nba_lightning.callbacks.finite_loss import NonFiniteLossError
 from nba_lightning.io.checkpoints import SafeCheckpointIO
 
 
@@ -28,7 +30,13 @@ def fit_key(args: argparse.Namespace, module: Classifier, datamodule: BackdoorDa
 
 
 def fit(
-    args: argparse.Namespace, name: str, module: Classifier, datamodule: BackdoorDataModule, epochs: int, settings: Any
+    args: argparse.Namespace,
+    name: str,
+    module: Classifier,
+    datamodule: BackdoorDataModule,
+    epochs: int,
+    settings: Any,
+    may_break_off: bool = False,
 ) -> Meter:
     """Fit ``module``, saving it every ``args.save_every`` seconds under ``args.work``, until it has ended.
 
@@ -40,6 +48,7 @@ def fit(
         epochs: how many.
         settings: of the module and the images, as JSON. A fit that was killed goes on only if these, the networks'
             first weights, the images, the precision and the source are the same.
+        may_break_off: whether a loss that is not finite is a result, ``Meter.finite``, and no error.
 
     Returns:
         What it cost, the parts before it was killed included.
@@ -54,6 +63,13 @@ def fit(
         runner = trainer(
             args, epochs, callbacks=[meter, saver], enable_checkpointing=True, plugins=[SafeCheckpointIO()]
         )
-        runner.fit(module, datamodule, ckpt_path=saved if saved.exists() else None)
+        try:
+            runner.fit(module, datamodule, ckpt_path=saved if saved.exists() else None)
+        except NonFiniteLossError:
+            if not may_break_off:
+                raise
+            meter.finite = False
+    state = module.model.state_dict().values()
+    meter.finite = meter.finite and all(bool(torch.isfinite(value).all()) for value in state)
     shutil.rmtree(folder, ignore_errors=True)
     return meter

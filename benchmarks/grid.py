@@ -42,6 +42,7 @@ from common import (
     test,
 )
 
+from nba_lightning import Classifier
 from nba_lightning.core.checks import first_few
 from nba_lightning.core.functional import defense_effectiveness_rating
 from nba_lightning.data import Source
@@ -106,8 +107,9 @@ def defend(args: argparse.Namespace, source: Source, cell: Cell) -> dict[str, An
     datamodule.setup()
     weights = args.work / f"{cell.attack}.safetensors"
     subject = Subject(cell.name, network_spec(args), weights, datamodule, cell.seed)
-    module, cost = clean(args, filled(args, cell, found), subject)
-    result = {"attack": cell.attack, "defense": cell.defense, "seed": cell.seed, **test(args, module, datamodule)}
+    network, cost = clean(args, filled(args, cell, found), subject)
+    figures = test(args, Classifier(network), datamodule)
+    result = {"attack": cell.attack, "defense": cell.defense, "seed": cell.seed, **figures}
     if "asr" in result:
         rating = defense_effectiveness_rating(before["acc"], before["asr"], result["acc"], result["asr"])
         result["der"] = round(rating, 6)
@@ -115,7 +117,7 @@ def defend(args: argparse.Namespace, source: Source, cell: Cell) -> dict[str, An
     result |= {"peak_memory_mib": cost.peak_memory_mib, "clean_fraction": args.clean_fraction}
     result |= {"clean_images": subject.images, "poison_rate": before.get("poison_rate", 0.0)}
     result |= {"settings": settings_of(found, subject.images, subject.network), **provenance(args)}
-    save_weights(module.model.state_dict(), args.work / f"{cell.name}.safetensors")
+    save_weights(network.state_dict(), args.work / f"{cell.name}.safetensors")
     return result
 
 

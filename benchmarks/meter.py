@@ -19,7 +19,7 @@ class Meter(Callback):
     """Figures of the code under :func:`metered`; as a callback of its Trainer, of the fit before a checkpoint too."""
 
     def __init__(self) -> None:
-        self.passes, self.seconds, self.peak_memory_mib = 0, 0.0, 0.0
+        self.passes, self.seconds, self.peak_memory_mib, self.finite = 0, 0.0, 0.0, True
         self._memory, self._start = _reset_peak(), time.perf_counter()
 
     def read(self) -> None:

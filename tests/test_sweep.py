@@ -19,7 +19,7 @@ def test_a_gap_below_a_rate_that_keeps_it_does_not_matter():
 
 def test_where_none_keeps_it_the_one_that_lost_least_is_taken():
     assert strongest_rate({0.01: 0.4, 0.1: 0.5, 1.0: 0.1}, 0.9, 1000) == 0.1
-    assert strongest_rate({0.01: 0.5, 0.1: 0.5, 1.0: 0.0}, 0.9, 1000) == 0.1
+    assert strongest_rate({0.1: 0.5, 0.01: 0.5, 1.0: 0.0}, 0.9, 1000) == 0.01
 
 
 @pytest.mark.parametrize(("baseline", "images"), [(0.8, 250), (0.5, 40), (0.9, 9)])

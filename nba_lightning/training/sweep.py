@@ -55,7 +55,7 @@ def strongest_rate(accuracies: Mapping[float, float], baseline: float, images: i
 
     Returns:
         The largest rate that :func:`keeps` the accuracy; where none does, the one that lost least, of equal ones the
-        largest.
+        smallest.
 
     Raises:
         ValueError: for no rate, or accuracies outside [0, 1].
@@ -67,4 +67,4 @@ def strongest_rate(accuracies: Mapping[float, float], baseline: float, images: i
     if not accuracies:
         raise expected("accuracies", "of at least one rate", "none")
     kept = [rate for rate, accuracy in accuracies.items() if keeps(accuracy, baseline, images)]
-    return max(kept) if kept else max(accuracies, key=lambda rate: (accuracies[rate], rate))
+    return max(kept) if kept else max(accuracies, key=lambda rate: (accuracies[rate], -rate))
