@@ -1,11 +1,17 @@
 """Remove backdoors from image classifiers by Neural Behavioral Alignment, as PyTorch Lightning parts."""
 
+from nba_lightning._moved import install
 from nba_lightning.data import BackdoorDataModule
 from nba_lightning.defenses import ANP, FTSAM, IBAU, NAD, NBA, SAU, FinePruning, FineTuning
 from nba_lightning.implants import InputAwareTraining, Steganography
+from nba_lightning.io.adapters import Normalized
+from nba_lightning.io.batches import Batch
+from nba_lightning.io.weights import load_weights
 from nba_lightning.training import Classifier, Defense
 
-__version__ = "0.1.0"
+install()
+
+__version__ = "0.2.0"
 __all__ = [
     "ANP",
     "FTSAM",
@@ -14,10 +20,13 @@ __all__ = [
     "NBA",
     "SAU",
     "BackdoorDataModule",
+    "Batch",
     "Classifier",
     "Defense",
     "FinePruning",
     "FineTuning",
     "InputAwareTraining",
+    "Normalized",
     "Steganography",
+    "load_weights",
 ]

@@ -1,9 +1,13 @@
 """The order of the house: imports point up the list only, siblings never import each other."""
 
 import ast
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
+
+from nba_lightning._moved import MOVED
 
 ROOT = Path(__file__).parent.parent / "nba_lightning"
 ORDER = [
@@ -20,7 +24,7 @@ SIBLINGS = ("attacks", "behaviors", "defenses", "scan")
 """Parts whose files never import each other, but for what they all share."""
 SHARED = ("base", "surrogate")
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
-FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.name not in ("__init__.py", "_moved.py"))
 
 
 def imported(path):
@@ -45,3 +49,19 @@ def test_imports_point_up(path):
 
 def test_every_file_keeps_one_role():
     assert {path.name: n for path in FILES if (n := len(path.read_text().splitlines())) > 290} == {}
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_names_of_before_are_found_with_a_warning(old):
+    with pytest.warns(DeprecationWarning, match=f"`nba_lightning.{old}` is `nba_lightning.* now"):
+        module = importlib.import_module(f"nba_lightning.{old}")
+    sys.modules.pop(f"nba_lightning.{old}")
+    public = {"weights": "load_weights", "modules": "NBA", "cli": "main"}.get(old)
+    assert public is None or hasattr(module, public)
+
+
+def test_every_package_is_in_the_wheel():
+    listed = (ROOT.parent / "pyproject.toml").read_text().split("packages = [")[1].split("]")[0]
+    packages = [line.strip(' ",') for line in listed.splitlines() if line.strip()]
+    folders = {path.parent.relative_to(ROOT.parent).as_posix().replace("/", ".") for path in ROOT.rglob("*.py")}
+    assert folders | {"nba_lightning.configs"} == set(packages)

@@ -1,6 +1,6 @@
 """Fine-pruning."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nba_lightning.core.checks import check_range, expected
 from nba_lightning.core.modes import evaluating
-from nba_lightning.io.batches import Batch, as_batch, clean_batches, held_out_loader, on_device
+from nba_lightning.io.batches import held_out_loader, plain_batches
 from nba_lightning.training.defense import Defense
 from nba_lightning.training.evaluation import labels_of
 from nba_lightning.training.schedule import batches_of_an_epoch
@@ -77,7 +77,7 @@ class FinePruning(Defense):
         super().on_train_start()
         if bool(self.pruned):  # a fit that was resumed
             return
-        dormant, labels = self._features(self._training_images())
+        dormant, labels = self._features(self.trainer.train_dataloader)
         held_out, features = held_out_loader(self.trainer), dormant
         if held_out is not None:
             features, labels = self._features(held_out)
@@ -87,22 +87,17 @@ class FinePruning(Defense):
         self._cut()
         rank_zero_info(f"{int((self.kept == 0).sum())} of {len(self.kept)} features are pruned.")
 
-    def _training_images(self) -> Iterator[Batch]:
-        return islice(clean_batches(self.trainer, augmented=False), batches_of_an_epoch(self.trainer))
-
     @torch.no_grad()
-    def _features(self, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    def _features(self, loader: Any) -> tuple[Tensor, Tensor]:
         """Inputs `(N, F)` of the last linear layer, and labels `(N,)`, of a loader's images, those of all processes."""
         caught: list[Tensor] = []
         labels: list[Tensor] = []
         hook = self._linear().register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].float()))
         try:
             with evaluating(self.model), self.trainer.precision_plugin.forward_context():
-                for given in loader:
-                    batch = given if isinstance(loader, Iterator) else on_device(self.trainer, given)
-                    found = as_batch(batch, self.model)
-                    self.model(found.images)
-                    labels.append(labels_of(found))
+                for batch in islice(plain_batches(self.trainer, loader), self._limit(loader)):
+                    self.model(batch.images)
+                    labels.append(labels_of(batch))
         finally:
             hook.remove()
         if not labels:
@@ -110,6 +105,10 @@ class FinePruning(Defense):
         # Each process has seen its own share of the images; all must decide alike.
         features, truths = self.all_gather((torch.cat(caught), torch.cat(labels)))
         return features.flatten(0, -2), truths.flatten()
+
+    def _limit(self, loader: Any) -> int | None:
+        """A training loader may have no end."""
+        return batches_of_an_epoch(self.trainer) if loader is self.trainer.train_dataloader else None
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Keep what was cut off at 0, before any checkpoint is written."""

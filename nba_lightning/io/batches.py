@@ -145,30 +145,32 @@ def check_values(batch: Any, network: nn.Module, num_classes: int | None = None)
         check_labels("labels", found.labels, num_classes, allow_padding=padding)
 
 
-def clean_batches(trainer: pl.Trainer, augmented: bool = True) -> Iterator[Batch]:
+def clean_batches(trainer: pl.Trainer) -> Iterator[Batch]:
     """Endless training batches on the device and through the hooks of the DataModule, beside those of the steps.
 
-    Args:
-        trainer: while it fits.
-        augmented: whether a BackdoorDataModule augments them, each pass anew.
+    A BackdoorDataModule augments each of them anew.
     """
     network: nn.Module | None = getattr(trainer.lightning_module, "model", None)
     loader, numbers = beside(trainer.train_dataloader), count()
     while True:
         empty = True
-        for given in loader:
+        for batch in loader:
             empty = False
-            batch = _beside_steps(given, next(numbers), augmented) if isinstance(given, Batch) else given
-            yield as_batch(on_device(trainer, batch), network)
+            yield as_batch(on_device(trainer, _numbered(batch, _BESIDE - next(numbers))), network)
         if empty:
             raise RuntimeError("Expected the training loader to yield batches again, but it gave none.")
 
 
-def _beside_steps(batch: Batch, number: int, augmented: bool) -> Batch:
-    """The batch with a draw of its own, so that its augmentation is not that of a step."""
-    rank, epoch, _ = batch.draw
-    batch = replace(batch, draw=(rank, epoch, _BESIDE - number))
-    return batch if augmented else replace(batch, stage="evaluate", roles=None)
+def plain_batches(trainer: pl.Trainer, loader: Any) -> Iterator[Batch]:
+    """One pass through a loader, on the device, of images as they are: a BackdoorDataModule augments none of them."""
+    network: nn.Module | None = getattr(trainer.lightning_module, "model", None)
+    for given in beside(loader):
+        batch = replace(given, stage="evaluate", roles=None) if isinstance(given, Batch) else given
+        yield as_batch(on_device(trainer, batch), network)
+
+
+def _numbered(batch: Any, number: int) -> Any:
+    return replace(batch, draw=(*batch.draw[:2], number)) if isinstance(batch, Batch) else batch
 
 
 def beside(loader: Any) -> Any:

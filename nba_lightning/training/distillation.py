@@ -41,6 +41,8 @@ class Distillation(Defense):
         warmup: float = 0.0,
         **kwargs: Any,
     ) -> None:
+        if {"teacher_epochs", "teacher_lr"} & kwargs.keys():  # of version 0.1
+            raise ValueError(self._how_to_make_a_teacher("`teacher_epochs`"))
         super().__init__(model, weights, lr=lr, warmup=warmup, **kwargs)
         self.teacher: Frozen | None = None
         if teacher is not None and teacher_weights is not None:
@@ -63,16 +65,20 @@ class Distillation(Defense):
             ValueError: if none was given, with what to do.
         """
         if self.teacher is None:
-            name = type(self).__name__
-            raise ValueError(
-                f"Expected `teacher` to be given for {name}, but got None. Make one by a fit of its own, in Python\n"
-                "    teacher = FineTuning(copy.deepcopy(network))\n"
-                f"    Trainer(max_epochs=10).fit(teacher, clean_loader)  # then {name}(network, teacher=teacher)\n"
-                "or on the command line\n"
-                "    nba-lightning fit ... --config fine_tuning --checkpoint.dirpath runs/teacher\n"
-                "    nba-lightning fit ... --config nba --model.teacher_weights runs/teacher/cleaned.safetensors"
-            )
+            raise ValueError(self._how_to_make_a_teacher("None"))
         return self.teacher.network
+
+    def _how_to_make_a_teacher(self, got: str) -> str:
+        name = type(self).__name__
+        return (
+            f"Expected `teacher` to be given for {name}, but got {got}. Make one by a fit of its own, in Python\n"
+            "    teacher = FineTuning(copy.deepcopy(network))\n"
+            f"    Trainer(max_epochs=10).fit(teacher, clean_loader)  # then {name}(network, teacher=teacher)\n"
+            "or on the command line\n"
+            "    nba-lightning fit ... --config fine_tuning --checkpoint.dirpath runs/teacher\n"
+            f"    nba-lightning fit ... --config {name.lower()} "
+            "--model.teacher_weights runs/teacher/cleaned.safetensors"
+        )
 
     def setup(self, stage: str) -> None:
         """As usual; a fit needs a teacher that differs from the suspicious network."""
