@@ -1,7 +1,7 @@
 """Remove backdoors from image classifiers by Neural Behavioral Alignment, as PyTorch Lightning parts."""
 
 from nba_lightning._moved import install
-from nba_lightning.data import BackdoorDataModule
+from nba_lightning.data import BackdoorDataModule, CleanImages
 from nba_lightning.defenses import ANP, FTSAM, IBAU, NAD, NBA, SAU, FinePruning, FineTuning
 from nba_lightning.implants import InputAwareTraining, Steganography
 from nba_lightning.io.adapters import Normalized
@@ -22,6 +22,7 @@ __all__ = [
     "BackdoorDataModule",
     "Batch",
     "Classifier",
+    "CleanImages",
     "Defense",
     "FinePruning",
     "FineTuning",
