@@ -170,7 +170,8 @@ class Guard(Callback):
 
     def _judge_student(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         found = self._ask(trainer, _network(pl_module), "student")
-        self.verdict, self.sentence = self._judge("student", found)
+        role = "student" if isinstance(getattr(pl_module, "teacher", None), Frozen) else "fitted network"
+        self.verdict, self.sentence = self._judge(role, found)
 
     def _ask(self, trainer: pl.Trainer, network: nn.Module, role: str) -> Answers | None:
         """Ask a network, keep and log its accuracy; ``None`` without held-out images."""
@@ -225,6 +226,7 @@ _LEVEL = 0.025
 _ADVICE = {
     "teacher": "Make the teacher with a smaller learning rate, fewer steps or more images, or take another one.",
     "student": "Try a smaller learning rate, more clean images, or another teacher.",
+    "fitted network": "Try a smaller learning rate, fewer steps or more clean images.",
 }
 
 

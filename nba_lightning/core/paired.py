@@ -50,7 +50,8 @@ class Paired:
     def p_value(self) -> float:
         """The exact chance of so many lost ones among b + c, were each as often lost as gained (one-sided)."""
         changed = self.lost + self.gained
-        return sum(math.comb(changed, k) for k in range(self.lost, changed + 1)) / 2**changed
+        at_least: int = sum(math.comb(changed, k) for k in range(self.lost, changed + 1))
+        return float(at_least / 2**changed)
 
 
 def _standard_error(lost: float, gained: float, images: float) -> float:

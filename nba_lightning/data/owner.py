@@ -143,6 +143,28 @@ class CleanImages(SeededLoading):
         self._set, self.image_shape = in_memory_if_small(disk, self.memory_limit_mib), disk.shape
         self._say(len(torch.unique(labels)))
 
+    def name_further_classes(self, num_classes: int) -> list[str]:
+        """Give names to the classes of a network that has more than the folder, which are taken to come last.
+
+        Args:
+            num_classes: K of the network.
+
+        Returns:
+            The names that were added.
+
+        Raises:
+            ValueError: if the network has fewer classes than the folder, or the order of classes was not given.
+        """
+        more = [f"class {label}" for label in range(len(self.classes), num_classes)]
+        if num_classes < len(self.classes) or (more and self.given is None):
+            raise expected(
+                "classes",
+                f"the names of the network's {num_classes} classes in its order",
+                f"{len(self.classes)} {'names' if self.given is not None else 'folders without an order'}",
+            )
+        self.classes, self.num_classes = [*self.classes, *more], num_classes
+        return more
+
     def fingerprint(self) -> str:
         """A hash of the files' names and sizes and of the order of classes, to tell whether images are the same."""
         paths, _ = self._listed(quiet=True)
@@ -176,6 +198,10 @@ class CleanImages(SeededLoading):
         if batch.stage == "train":
             images = self.augment(images, self._generator(3, batch))
         return replace(batch, images=self._converted(images))
+
+    def images_at(self, indices: Tensor) -> Batch:
+        """Images `(B, C, H, W)`, uint8, and labels at indices `(B,)`."""
+        return Batches(self._ready(), indices).__getitems__(list(range(len(indices))))
 
     def _evaluation(self, indices: Tensor) -> DataLoader[Any]:
         return self._loader(Batches(self._ready(), indices), self.eval_batch_size, shuffle=False)

@@ -60,7 +60,7 @@ def fit(trainer, guard, train, held_out, epochs=3, lr=0.5, module=None, **kwargs
 
 def test_a_ruined_student_is_rejected_with_its_figures(trainer, tmp_path):
     guard = Guard()
-    with pytest.warns(UserWarning, match=r"Rejected: the student is right on \d+ of 60 held-out images"):
+    with pytest.warns(UserWarning, match=r"Rejected: the fitted network is right on \d+ of 60 held-out images"):
         runner, module = fit(trainer, guard, ruined(), loader(60), epochs=20)
     assert guard.verdict == "rejected"
     after = guard.accuracies["student"]
@@ -69,7 +69,7 @@ def test_a_ruined_student_is_rejected_with_its_figures(trainer, tmp_path):
     assert after.images == 60
     assert after.standard_error == pytest.approx(math.sqrt(after.value * (1 - after.value) / 60))
     assert f"right on {round(after.value * 60)} of 60" in guard.sentence
-    assert "smaller learning rate, more clean images, or another teacher" in guard.sentence
+    assert "smaller learning rate, fewer steps or more clean images" in guard.sentence
     assert runner.callback_metrics["guard/student"] == pytest.approx(after.value)
     assert not (tmp_path / "cleaned.safetensors").exists()
     assert torch.equal(load_file(tmp_path / "rejected.safetensors")["fc.weight"], module.model.fc.weight)
@@ -87,7 +87,7 @@ def test_a_student_that_lost_nothing_is_accepted(trainer, tmp_path):
     guard = Guard()
     fit(trainer, guard, loader(48), loader(60), lr=0.01)
     assert guard.verdict == "accepted"
-    assert guard.sentence.startswith("Accepted: the student is right on 60 of 60 held-out images")
+    assert guard.sentence.startswith("Accepted: the fitted network is right on 60 of 60 held-out images")
     assert (tmp_path / "cleaned.safetensors").is_file()
     assert not (tmp_path / "rejected.safetensors").exists()
 
