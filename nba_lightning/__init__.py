@@ -1,7 +1,9 @@
 """Remove backdoors from image classifiers by Neural Behavioral Alignment, as PyTorch Lightning parts."""
 
+from typing import Any
+
 from nba_lightning._moved import install
-from nba_lightning.data import BackdoorDataModule
+from nba_lightning.data import BackdoorDataModule, CleanImages
 from nba_lightning.defenses import ANP, FTSAM, IBAU, NAD, NBA, SAU, FinePruning, FineTuning
 from nba_lightning.implants import InputAwareTraining, Steganography
 from nba_lightning.io.adapters import Normalized
@@ -22,11 +24,22 @@ __all__ = [
     "BackdoorDataModule",
     "Batch",
     "Classifier",
+    "CleanImages",
     "Defense",
     "FinePruning",
     "FineTuning",
     "InputAwareTraining",
     "Normalized",
     "Steganography",
+    "clean",
     "load_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The command ``clean`` in Python; imported when it is asked for, since it needs all else."""
+    if name != "clean":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nba_lightning.app.clean import clean
+
+    return clean

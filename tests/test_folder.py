@@ -233,7 +233,7 @@ def test_every_image_has_the_name_of_its_file(tmp_path, limit):
 def test_a_set_on_disk_is_listed_not_opened(tmp_path, monkeypatch):
     opened = []
     real = folder.read_image
-    monkeypatch.setattr(folder, "read_image", lambda path: opened.append(path.name) or real(path))
+    monkeypatch.setattr(folder, "read_image", lambda path, mode: opened.append(path.name) or real(path))
     root = make(tmp_path, ["cat", "dog"], number=20)
     train, _ = ImageFolderSource(root, memory_limit_mib=0).load()
     assert opened == ["0.png", "0.png"]  # one of each part, for the shape

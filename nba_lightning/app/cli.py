@@ -2,11 +2,8 @@
 
 import argparse
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,12 +12,20 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 from nba_lightning import __version__
-from nba_lightning.app.commands import COMMANDS, add_commands, run_command
+from nba_lightning.app.commands import COMMANDS, add_commands, prepared, run_command
 from nba_lightning.app.configs import arranged, read_config
 from nba_lightning.app.errors import CommandError, UsageError, explained
 from nba_lightning.app.parser import Parser
 from nba_lightning.app.quiet import quiet
-from nba_lightning.app.runs import KeepConfig, check_checkpoint, check_free, check_last, kept, results_folder
+from nba_lightning.app.runs import (
+    KeepConfig,
+    check_checkpoint,
+    check_free,
+    check_last,
+    kept,
+    own_interrupts,
+    results_folder,
+)
 from nba_lightning.callbacks import PredictionWriter
 from nba_lightning.core.checks import expected
 from nba_lightning.io.checkpoints import BROKEN, SafeCheckpointIO
@@ -65,6 +70,8 @@ class NBALightningCLI(LightningCLI):
         except SystemExit as end:
             if isinstance(end.__context__, KeyboardInterrupt):  # as Lightning ends an interrupted fit
                 raise CommandError(kept(getattr(self, "trainer", None)), 130) from end
+            raise
+        except CommandError:
             raise
         except Exception as error:
             config = self.config.as_dict().get(self.chosen) if hasattr(self, "config") else None
@@ -138,8 +145,11 @@ class NBALightningCLI(LightningCLI):
 
 def _configs_first(arguments: list[str], subcommand: str | None) -> list[str]:
     """Put a subcommand's configs before its flags, found and arranged; the class that none names before them."""
-    if subcommand is None or subcommand in COMMANDS:
+    if subcommand is None:
         return arguments
+    if subcommand in COMMANDS:
+        start = arguments.index(subcommand) + 1
+        return [*arguments[:start], *prepared(subcommand, arguments[start:])]
     start = arguments.index(subcommand) + 1
     search = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     search.add_argument("-c", "--config", action="append", default=[])
@@ -161,19 +171,6 @@ def _configs_first(arguments: list[str], subcommand: str | None) -> list[str]:
     return [*arguments[:start], *before, *flags, *after, *rest]
 
 
-@contextmanager
-def _own_interrupts() -> Iterator[None]:
-    """Lightning ignores Ctrl-C from the first one on; whoever called this must not."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
@@ -183,7 +180,7 @@ def main(args: Sequence[str] | None = None) -> None:
     # Lightning reads local checkpoints without unpickling code; this holds for remote ones too.
     os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     try:
-        with quiet(), _own_interrupts():
+        with quiet(), own_interrupts():
             NBALightningCLI(list(sys.argv[1:] if args is None else args))
     except CommandError as error:
         if os.environ.get("NBA_LIGHTNING_TRACEBACK") and error.__cause__ is not None:

@@ -11,9 +11,21 @@ class Command(NamedTuple):
 
     function: str
     help: str
+    prepare: str | None = None
+    """Where the function is that changes the arguments before they are parsed, if there is one."""
 
 
 COMMANDS = {
+    "clean": Command(
+        "nba_lightning.app.owner:clean_command",
+        "Clean a suspicious network with a folder of clean images, and report.",
+        "nba_lightning.app.owner:prepare",
+    ),
+    "scan": Command(
+        "nba_lightning.app.owner:scan_command",
+        "Look whether a class of a network is reached unusually easily.",
+        "nba_lightning.app.owner:prepare",
+    ),
     "demo": Command("nba_lightning.app.demo:demo", "Poison and clean a small network on real digits."),
 }
 
@@ -33,3 +45,10 @@ def run_command(name: str, arguments: dict[str, Any]) -> None:
     status = resolve_name(COMMANDS[name].function)(**arguments)
     if isinstance(status, int) and status != 0:
         raise SystemExit(status)
+
+
+def prepared(name: str, arguments: list[str]) -> list[str]:
+    """The command's arguments as its parser takes them."""
+    prepare = COMMANDS[name].prepare
+    found: list[str] = arguments if prepare is None else resolve_name(prepare)(arguments)
+    return found

@@ -48,6 +48,8 @@ def explained(error: BaseException, config: dict[str, Any] | None = None) -> str
     text = _of_worker(str(inner).strip())
     if isinstance(inner, torch.OutOfMemoryError):
         return f"The device has too little memory; try a smaller `--data.batch_size` ({text.splitlines()[0]})"
+    if "No space left on device" in text or "PytorchStreamWriter failed writing" in text:
+        return f"No space left on the disk ({text.splitlines()[0]}). What was written before is kept."
     if isinstance(inner, OSError) and inner.strerror:
         path = inner.filename2 or inner.filename  # of a copy, where it was to go
         return f"{inner.strerror}: {path!r}" if path is not None else f"{inner.strerror}."

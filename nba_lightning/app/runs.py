@@ -1,6 +1,10 @@
 """Runs do not destroy each other's results, and say what they keep."""
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +125,16 @@ def kept(trainer: Any) -> str:
     if last.exists():
         return f"Interrupted. Kept is {last}; the same command with `--ckpt_path last` goes on from there."
     return "Interrupted before the first checkpoint was written; nothing was kept."
+
+
+@contextmanager
+def own_interrupts() -> Iterator[None]:
+    """Lightning ignores Ctrl-C from the first one on; whoever called this must not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)

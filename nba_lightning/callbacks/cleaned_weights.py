@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
 
+from nba_lightning.callbacks.guard import Guard
 from nba_lightning.core.checks import expected
 from nba_lightning.io.adapters import bare
 from nba_lightning.io.weights import save_weights
@@ -18,7 +19,8 @@ class CleanedWeights(Callback):
     Keys and dtypes are those of the network that came in. A file that is there already, of another fit, stays: the new
     one gets a number, as Lightning numbers checkpoints (``cleaned-v1.safetensors``). A fit that ended before its last
     step, by ``max_time`` for instance, writes ``unfinished.safetensors`` instead and says so; one that
-    ``EarlyStopping`` ended has ended as was planned. Nothing is written in a ``fast_dev_run`` or after an
+    ``EarlyStopping`` ended has ended as was planned. What a :class:`~nba_lightning.callbacks.Guard` among the Trainer's
+    callbacks rejects is written as ``rejected.safetensors``. Nothing is written in a ``fast_dev_run`` or after an
     interruption.
 
     Args:
@@ -41,7 +43,9 @@ class CleanedWeights(Callback):
         if getattr(trainer, "fast_dev_run", False) or trainer.state.status == "interrupted":
             return
         path = self.destination(trainer)
-        if _ended_early(trainer):
+        if _rejected(trainer, pl_module):
+            path = _free(path.with_stem("rejected"))
+        elif _ended_early(trainer):
             path = path.with_stem("unfinished")
             rank_zero_warn(
                 f"The fit ended at step {trainer.global_step}, before its last one, so its weights are not called "
@@ -65,7 +69,15 @@ class CleanedWeights(Callback):
         save_weights(bare(model).state_dict(), path, getattr(module, "dtypes", None))
         self.written = path
         if path.stem != "unfinished":
-            rank_zero_info(f"Cleaned weights: {path}")
+            rank_zero_info(f"{'Rejected' if path.stem.startswith('rejected') else 'Cleaned'} weights: {path}")
+
+
+def _rejected(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Whether a guard among the callbacks rejects the student; asked to conclude first, whatever their order."""
+    guards = [one for one in getattr(trainer, "callbacks", []) if isinstance(one, Guard)]
+    for guard in guards:
+        guard.conclude(trainer, module)
+    return any(guard.verdict == "rejected" for guard in guards)
 
 
 def _ended_early(trainer: pl.Trainer) -> bool:

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,10 +13,9 @@ from nba_lightning.attacks.base import CROSS, POISONED, Attack
 from nba_lightning.core.augmentation import RandomCropFlip
 from nba_lightning.core.checks import check_at_least, check_choice, check_range, expected
 from nba_lightning.core.metrics import IGNORE_LABEL
-from nba_lightning.core.randomness import generator_for
 from nba_lightning.data.dataset import Batches, LabeledImages, ReplacedImages
+from nba_lightning.data.loading import SeededLoading
 from nba_lightning.data.partition import Partition, draw_partition
-from nba_lightning.data.sampler import BatchLoader, SeededSampler
 from nba_lightning.data.sources import Digits, Source
 from nba_lightning.io.attack_state import attack_name
 from nba_lightning.io.batches import Batch
@@ -25,11 +23,7 @@ from nba_lightning.io.batches import Batch
 TrainOn = Literal["poisoned", "clean", "untriggered"]
 
 
-def _identity(batch: Any) -> Any:
-    return batch
-
-
-class BackdoorDataModule(pl.LightningDataModule):
+class BackdoorDataModule(SeededLoading):
     """Training on the poisoned set or on the defender's clean subset; evaluation clean (0) and triggered (1).
 
     On the device, a whole batch at a time: `uint8` becomes float in [0, 1], poisoned images get the trigger and the
@@ -129,33 +123,10 @@ class BackdoorDataModule(pl.LightningDataModule):
     def _training_indices(self) -> Tensor:
         return self.partition.clean if self.train_on == "clean" else self.partition.training
 
-    def _world(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
-    def _loader(self, batches: Batches, batch_size: int, shuffle: bool) -> DataLoader[Any]:
-        rank, world_size = self._world()
-        workers = 0 if batches.source.in_memory else self.num_workers
-        options: dict[str, Any] = {
-            "batch_size": batch_size,
-            "sampler": SeededSampler(batches, shuffle, self.order_seed, rank, world_size),
-            "collate_fn": _identity,
-            "drop_last": shuffle,
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
-        stage: Literal["train", "evaluate"] = "train" if shuffle else "evaluate"
-        return BatchLoader(batches, stage, self._batches_done if shuffle else None, **options)
-
     def _ready(self) -> tuple[LabeledImages, LabeledImages]:
         if self._sets is None:
             raise RuntimeError("Call BackdoorDataModule.setup() before asking for loaders.")
         return self._sets
-
-    def _batches_done(self) -> int:
-        """Batches of this epoch that a fit which was interrupted had trained on."""
-        loop = None if self.trainer is None else self.trainer.fit_loop
-        return loop.epoch_loop.batch_progress.current.ready if loop is not None and loop.restarted_mid_epoch else 0
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training images in a new order each epoch; the last incomplete batch is dropped."""
@@ -255,13 +226,6 @@ class BackdoorDataModule(pl.LightningDataModule):
             images = self.augment(images, self._generator(3, batch))
         return replace(batch, images=self._converted(images), labels=labels)
 
-    def _converted(self, images: Tensor) -> Tensor:
-        """In the Trainer's precision, last of all: Lightning converts before this hook, when images are `uint8`."""
-        if self.trainer is None:
-            return images
-        converted: Tensor = self.trainer.precision_plugin.convert_input(images)
-        return converted
-
     def _triggered(self, batch: Batch) -> Batch:
         attack, labels = self._attack_on(batch.images.device), batch.labels
         assert labels is not None
@@ -272,6 +236,3 @@ class BackdoorDataModule(pl.LightningDataModule):
         assert self.attack is not None
         with torch.inference_mode(False):  # parameters that are moved in a test must still be trainable after it
             return self.attack.to(device)
-
-    def _generator(self, key: int, batch: Batch) -> torch.Generator:
-        return generator_for(self.order_seed, key, *batch.draw, device=batch.images.device)

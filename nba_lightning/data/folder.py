@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -50,7 +51,7 @@ class ImageFolderSource(Source):
             check_at_least("image_size", image_size, 1)
         check_at_least("memory_limit_mib", memory_limit_mib, 0)
         if classes is not None:
-            _check_names(classes)
+            check_names(classes)
         self.root, self.given, self.image_size, self.memory_limit_mib = root, classes, image_size, memory_limit_mib
         self.classes = list(classes or ())
 
@@ -78,14 +79,14 @@ class ImageFolderSource(Source):
         return in_memory_if_small(train, self.memory_limit_mib), in_memory_if_small(test, self.memory_limit_mib)
 
     def _part(self, root: Path, part: str, shape: tuple[int, int, int] | None) -> DiskImages:
-        listed = [_list_images(root, f"{part}/{name}") for name in self.classes]
+        listed = [list_images(root, f"{part}/{name}") for name in self.classes]
         empty = [name for name, (images, _) in zip(self.classes, listed, strict=True) if not images]
         if empty:
             raise ValueError(
                 f"Expected each class folder in {str(root / part)!r} to hold an image "
                 f"({', '.join(IMG_EXTENSIONS)}), but got none in {first_few(empty)}."
             )
-        beside = [path.name for path in sorted((root / part).iterdir()) if _visible(path.name) and path.is_file()]
+        beside = [path.name for path in sorted((root / part).iterdir()) if visible(path.name) and path.is_file()]
         left_out = beside + [path for _, others in listed for path in others]
         if left_out:
             rank_zero_warn(
@@ -95,19 +96,30 @@ class ImageFolderSource(Source):
         paths = [path for images, _ in listed for path in images]
         labels = torch.tensor([label for label, (images, _) in enumerate(listed) for _ in images])
         size = None if self.image_size is None else (self.image_size, self.image_size)
-        return DiskImages(_Files(root, paths), labels, size, paths, shape)
+        return DiskImages(Files(root, paths), labels, size, paths, shape)
 
 
-class _Files:
-    """Decodes the image at an index."""
+class Files:
+    """Decodes the image at an index.
 
-    def __init__(self, root: Path, paths: Sequence[str]) -> None:
-        self.root, self.paths = root, paths
+    Args:
+        root: the folder.
+        paths: files in it.
+        mode: see :func:`~nba_lightning.io.images.read_image`.
+    """
+
+    def __init__(self, root: Path, paths: Sequence[str], mode: Literal["RGB", "L"] = "RGB") -> None:
+        self.root, self.paths, self.mode = root, paths, mode
 
     def __call__(self, index: int) -> Tensor:
+        """Read a file.
+
+        Raises:
+            ValueError: naming the file, if it cannot be read.
+        """
         path = self.root / self.paths[index]
         try:
-            return read_image(path)
+            return read_image(path, self.mode)
         except OSError as error:
             raise ValueError(f"Expected image {str(path)!r} to be readable, but got: {error}") from error
 
@@ -147,7 +159,8 @@ def _counting(name: str) -> list[tuple[int, str]]:
     return [(int(number or 0), text) for text, number in re.findall(r"([^0-9]*)([0-9]*)", name)]
 
 
-def _check_names(classes: Sequence[str]) -> None:
+def check_names(classes: Sequence[str]) -> None:
+    """Raise unless these can be the names of all classes, in their order."""
     if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
         raise expected("classes", "a list of folder names", repr(classes))
     twice = {name for name in classes if list(classes).count(name) > 1}
@@ -157,7 +170,8 @@ def _check_names(classes: Sequence[str]) -> None:
         raise expected("classes", "at least 2 names", len(classes))
 
 
-def _visible(name: str) -> bool:
+def visible(name: str) -> bool:
+    """Whether a file or folder is no hidden one, and none of an operating system."""
     return not name.startswith(".") and name.lower() not in JUNK
 
 
@@ -169,22 +183,22 @@ def _class_folders(root: Path, part: str) -> set[str]:
     elif not root.is_dir():
         got = f"{str(root)!r}, which is a file"
     elif not folder.is_dir():
-        found = [path.name for path in sorted(root.iterdir()) if _visible(path.name)]
+        found = [path.name for path in sorted(root.iterdir()) if visible(path.name)]
         got = f"{str(root)!r} without a folder {part!r}: it holds {first_few(found) or 'nothing'}"
     else:
-        names = {path.name for path in folder.iterdir() if _visible(path.name) and path.is_dir()}
+        names = {path.name for path in folder.iterdir() if visible(path.name) and path.is_dir()}
         if len(names) > 1:
             return names
         got = f"{'one class only, ' + repr(names.pop()) + ',' if names else 'no class folder'} in {str(folder)!r}"
     raise ValueError(f"Expected `root` to hold images as {part}/<class>/*, of at least 2 classes, but got {got}.")
 
 
-def _list_images(root: Path, folder: str) -> tuple[list[str], list[str]]:
-    """Image files and other files anywhere in a folder, relative to the root, in the order of ``ImageFolder``."""
+def list_images(root: Path, folder: str) -> tuple[list[str], list[str]]:
+    """Image files and other files anywhere in a folder of the root, relative to it, in the order of ``ImageFolder``."""
     found = []
     for base, folders, files in os.walk(root / folder, followlinks=True):
-        folders[:] = filter(_visible, folders)
-        found += [(base, name) for name in files if _visible(name)]
+        folders[:] = filter(visible, folders)
+        found += [(base, name) for name in files if visible(name)]
     inside = {base: Path(base).relative_to(root).as_posix() for base, _ in found}
     images: list[str] = []
     others: list[str] = []

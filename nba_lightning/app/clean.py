@@ -1,0 +1,179 @@
+"""From a suspicious network and a folder of clean images to a cleaned network and a report."""
+
+import copy
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+
+from nba_lightning.app.chain import Chain, check_folder, say, write_json
+from nba_lightning.app.fits import STUDENT_STEPS, TEACHER_STEPS, Places
+from nba_lightning.app.networks import count_classes
+from nba_lightning.app.runs import own_interrupts
+from nba_lightning.app.steps import Cleaning, outcome, page_of, versions
+from nba_lightning.core.checks import check_at_least, check_range
+from nba_lightning.core.modes import check_finite, fingerprint
+from nba_lightning.data.owner import CleanImages
+from nba_lightning.io.adapters import Normalized, bare
+
+
+def clean(
+    network: nn.Module,
+    images: str | Path | CleanImages,
+    output: str | Path = "cleaned",
+    classes: Sequence[str] | None = None,
+    image_size: int | None = None,
+    channels: int = 3,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    max_loss: float = 0.05,
+    teacher_steps: int = TEACHER_STEPS,
+    student_steps: int = STUDENT_STEPS,
+    scan: bool = True,
+    trust_classes: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+    described: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Scan a network, make a teacher of it, align it with the teacher, scan again, report.
+
+    Leaves ``cleaned.safetensors`` with the keys and dtypes of ``network`` (or ``rejected.safetensors``, if it lost more
+    clean accuracy than ``max_loss`` and than chance), ``teacher.safetensors``, ``report.json``, ``report.html`` and
+    ``report/``. Each step is done once: called again with the same arguments and ``output``, it goes on.
+
+    Args:
+        network: the suspicious network; it stays as it is.
+        images: a folder ``images/<class>/*`` of clean images, or the data module of it.
+        output: the folder for results.
+        classes: names of the class folders in the order of the network's outputs; ``None`` for alphabetical order.
+        image_size: resize all images to this height and width; ``None`` for images of one size.
+        channels: 3 for colour, 1 for grey.
+        mean: of the normalisation that the network expects; ``None`` for a network that takes images in [0, 1].
+        std: likewise.
+        max_loss: clean accuracy that may be lost.
+        teacher_steps: optimiser steps of the teacher.
+        student_steps: optimiser steps of the alignment.
+        scan: whether to scan before and after.
+        trust_classes: go on though the network is right on fewer than half of the images.
+        seed: of everything.
+        device: ``auto``, ``cpu``, ``cuda`` or another accelerator of Lightning's.
+        progress: whether to say what happens and show bars.
+        described: how the network was made, plain values, for the report's lines on loading the weights: ``network``
+            (import path) and ``arguments``.
+
+    Returns:
+        What is in ``report.json``.
+
+    Raises:
+        ValueError: for a folder or network that cannot be, a network that does not know its classes, or an ``output``
+            with the results of another run.
+        KeyboardInterrupt: on Ctrl-C, also within a fit.
+    """
+    check_range("max_loss", max_loss, 0.0, 1.0)
+    check_at_least("teacher_steps", teacher_steps, 1)
+    check_at_least("student_steps", student_steps, 1)
+    folder = Path(output)
+    check_folder(folder)
+    check_finite(network, "network")
+    network = copy.deepcopy(network if mean is None or std is None else Normalized(network, mean, std))
+    if not isinstance(images, CleanImages):
+        names = None if classes is None else list(classes)
+        images = CleanImages(str(images), names, image_size, channels, seed=seed)
+    say("1/6  The images", progress)
+    images.setup()
+    more = images.name_further_classes(count_classes(network, images.image_shape))
+    asked: dict[str, Any] = {"max_loss": max_loss, "teacher_steps": teacher_steps, "student_steps": student_steps}
+    asked |= {"scan": scan, "trust_classes": trust_classes, "seed": seed, **_identity(network, images)}
+    size = sum(value.numel() * value.element_size() for value in network.state_dict().values())
+    run = Cleaning(network, images, Chain(folder, asked, 8 * size + 2**24), Places.of(device), max_loss, seed, progress)
+    if more:
+        run.warnings.append(f"The network has {len(more)} more classes than have names; they are taken to come last.")
+    try:
+        with own_interrupts():
+            report = _chain(run, teacher_steps, student_steps, scan, trust_classes, described or {})
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # as Lightning ends an interrupted fit
+            raise KeyboardInterrupt from end
+        raise
+    _finish(report, folder, progress)
+    return report
+
+
+def _chain(
+    run: Cleaning, teacher_steps: int, student_steps: int, scan: bool, trust: bool, described: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All steps, and what came of them."""
+    run.check_classes(trust)
+    scans = {"before": run.scan("before", run.network)} if scan else {}
+    teacher = run.teach(teacher_steps)
+    last, role, files = teacher, "teacher", {"cleaned": teacher["file"]}
+    curves = list(teacher["curve"])
+    if teacher["verdict"] != "rejected":
+        last, role = run.align(run.with_weights(teacher["file"]), student_steps), "student"
+        files = {"teacher": teacher["file"], "cleaned": last["file"]}
+        curves += last["curve"]
+    if scan:
+        scans["after"] = run.scan("after", run.with_weights(last["file"]))
+    if last["verdict"] == "unknown":
+        run.warnings.append(last["sentence"])
+
+    def work() -> dict[str, Any]:
+        normalized = _normalization(run.network)
+        return {
+            "accuracy": run.accuracies(files),
+            "scan": scans,
+            "chosen": {**last["chosen"], **{f"teacher_{name}": teacher["chosen"][name] for name in ("rate", "steps")}},
+            "warnings": run.warnings,
+            "weights": {**outcome(last, role), **described, **normalized, "size": list(run.data.image_shape)},
+            "classes": run.data.classes,
+            "curves": curves,
+            "provenance": {name: run.chain.arguments[name] for name in ("weights", "images", "images_hash")},
+            "versions": versions(),
+            "seconds": run.chain.seconds,
+            "seed": run.seed,
+        }
+
+    report: dict[str, Any] = run.chain.step("report", work)
+    return report
+
+
+def _identity(network: nn.Module, data: CleanImages) -> dict[str, Any]:
+    """What tells this network and these images from others."""
+    return {
+        "network": type(bare(network)).__name__,
+        "weights": fingerprint(network),
+        **_normalization(network),
+        "images": str(data.root),
+        "images_hash": data.fingerprint(),
+        "image_shape": list(data.image_shape),
+        "held_out": len(data.held_out),
+        "batch_size": data.batch_size,
+    }
+
+
+def _normalization(network: nn.Module) -> dict[str, list[float]]:
+    if not isinstance(network, Normalized):
+        return {}
+    return {name: [round(v, 6) for v in getattr(network, name).flatten().tolist()] for name in ("mean", "std")}
+
+
+@rank_zero_only
+def _finish(report: dict[str, Any], folder: Path, show: bool) -> None:
+    """Write the report and say how it ended."""
+    write_json(folder / "report.json", report)
+    page, missing = page_of(folder)
+    shutil.rmtree(folder / "fits", ignore_errors=True)
+    weights, figures = report["weights"], report["accuracy"]
+    for warning in [*report["warnings"], *([missing] if missing else [])]:
+        say(f"Note: {warning}", show)
+    for name, entry in figures.items():
+        error, seen = 100 * entry["standard_error"], "held-out" if entry["held_out"] else "all, also training,"
+        say(f"{name:>10}: {100 * entry['value']:5.1f} % ± {error:.1f} of {entry['images']} {seen} images", show)
+    if not weights["handed_over"]:
+        say(f"{weights['reason']} {weights['next']}", show)
+    for path in (folder / weights["file"], folder / "report.json", *([page] if page else [])):
+        say(str(path), show)

@@ -1,0 +1,66 @@
+"""Loaders whose order and augmentation are a function of a seed, on any number of processes, also when resumed."""
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from nba_lightning.core.randomness import generator_for
+from nba_lightning.data.dataset import Batches
+from nba_lightning.data.sampler import BatchLoader, SeededSampler
+from nba_lightning.io.batches import Batch
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+class SeededLoading(pl.LightningDataModule):
+    """Base class of our data modules.
+
+    A subclass sets, in its constructor,
+
+    Attributes:
+        num_workers: worker processes for sets read from disk; sets in memory need none.
+        order_seed: seed of the order and the augmentation in training.
+    """
+
+    num_workers: int
+    order_seed: int
+
+    def _world(self) -> tuple[int, int]:
+        """Rank and number of processes."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _loader(self, batches: Batches, batch_size: int, shuffle: bool) -> DataLoader[Any]:
+        """Training batches in a new order each epoch, without an incomplete last one; or all in order."""
+        rank, world_size = self._world()
+        workers = 0 if batches.source.in_memory else self.num_workers
+        options: dict[str, Any] = {
+            "batch_size": batch_size,
+            "sampler": SeededSampler(batches, shuffle, self.order_seed, rank, world_size),
+            "collate_fn": _identity,
+            "drop_last": shuffle,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+        stage: Literal["train", "evaluate"] = "train" if shuffle else "evaluate"
+        return BatchLoader(batches, stage, self._batches_done if shuffle else None, **options)
+
+    def _batches_done(self) -> int:
+        """Batches of this epoch that a fit which was interrupted had trained on."""
+        loop = None if self.trainer is None else self.trainer.fit_loop
+        return loop.epoch_loop.batch_progress.current.ready if loop is not None and loop.restarted_mid_epoch else 0
+
+    def _converted(self, images: Tensor) -> Tensor:
+        """In the Trainer's precision, last of all: Lightning converts before this hook, when images are `uint8`."""
+        if self.trainer is None:
+            return images
+        converted: Tensor = self.trainer.precision_plugin.convert_input(images)
+        return converted
+
+    def _generator(self, key: int, batch: Batch) -> torch.Generator:
+        return generator_for(self.order_seed, key, *batch.draw, device=batch.images.device)
