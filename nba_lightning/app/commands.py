@@ -11,10 +11,13 @@ class Command(NamedTuple):
 
     function: str
     help: str
+    positional: bool = False
+    """Whether arguments without a default are given without their names."""
 
 
 COMMANDS = {
     "demo": Command("nba_lightning.app.demo:demo", "Poison and clean a small network on real digits."),
+    "report": Command("nba_lightning.app.report:report", "Write a cleaning's report.html anew.", positional=True),
 }
 
 
@@ -24,7 +27,7 @@ def add_commands(parser: LightningArgumentParser, chosen: str | None) -> None:
     for name, command in COMMANDS.items():
         own = type(parser)(description=command.help)
         if name == chosen:
-            own.add_function_arguments(resolve_name(command.function))
+            own.add_function_arguments(resolve_name(command.function), as_positional=command.positional)
         parser._subcommands_action.add_subcommand(name, own, help=command.help)
 
 
