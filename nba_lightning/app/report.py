@@ -48,7 +48,7 @@ from nba_lightning.app import report_sentences as sentences
 from nba_lightning.app.report_classes import by_class, by_method
 from nba_lightning.app.report_loading import read_weights
 from nba_lightning.app.report_pictures import attention_samples, pseudo_samples
-from nba_lightning.app.report_reading import Entry, plain, read_accuracy, read_json, read_scan
+from nba_lightning.app.report_reading import NETWORKS, Entry, plain, read_accuracy, read_json, read_scan
 
 
 def report(folder: Path) -> None:
@@ -117,7 +117,9 @@ def _context(folder: Path) -> dict[str, Any]:
         "weights": weights,
         "verdict": [sentences.scan_sentence(before, after), sentences.accuracy_sentence(accuracy)],
         "warnings": root.texts("warnings"),
+        "called": {name: name for name in NETWORKS} | ({"cleaned": "rejected"} if weights.handed_over is False else {}),
         "accuracy": accuracy,
+        "intervals": any(figures.interval(one) for one in accuracy.values()),
         "networks": figures.spans({name: {name: one} for name, one in accuracy.items()}),
         "classes": by_class(accuracy),
         "methods": by_method(before, after),

@@ -11,6 +11,8 @@ from nba_lightning.app.report_reading import Entry, plain
 
 _FILES = {True: "cleaned.safetensors", False: "rejected.safetensors"}
 
+_EXPECTED = ("size", "mean", "std")
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -38,7 +40,7 @@ def read_weights(root: Entry, folder: Path) -> Weights:
         entry.text("reason") or "",
         entry.text("next") or "",
         loading_lines(file, entry.text("network"), entry.values.get("arguments")),
-        {name: plain(entry.values[name]) for name in ("size", "mean", "std") if entry.values.get(name) is not None},
+        {name: plain(entry.values[name]) for name in _EXPECTED if entry.values.get(name) is not None},
     )
 
 

@@ -72,7 +72,7 @@ def _pseudo(clean: _Pixels, changed: _Pixels, entry: Entry, names: Sequence[str]
     pictures = [
         Picture(_uri(clean), f"An image of class {label}, unchanged", "image"),
         Picture(_uri(changed), f"The image of class {label} with the perturbation", "perturbed"),
-        Picture(_uri(magnified), f"The change, {gain:.1f} times magnified; grey is none", f"change, {gain:.1f}-fold"),
+        Picture(_uri(magnified), f"The change, {gain:.1f} times magnified; grey is none", f"change \u00d7{gain:.1f}"),
     ]
     note = ", ".join(part for part in (target, entry.text("source") or "") if part)
     return Sample(label, note, pictures, _answers(entry, label, names))
@@ -90,7 +90,7 @@ def attention_samples(folder: Path, names: Sequence[str]) -> tuple[list[Sample],
         label = entry.label("class", names)
         pictures = [Picture(_uri(image), f"An image of class {label}", "image")]
         for name, found in maps.items():
-            alt = f"Where the {name} network's attention lies on the image of class {label}"
+            alt = f"Attention on the image of class {label}"
             pictures.append(Picture(_uri(_overlaid(image, found[i])), alt, name))
         samples.append(Sample(label, entry.text("caption") or "", pictures, _answers(entry, label, names)))
     return samples, layer

@@ -150,12 +150,12 @@ def read_json(path: Path, name: str) -> Entry:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"Expected `folder` to hold the {name} that `clean` writes, but there is no {str(path)!r}."
+            f"Expected `{name}` to be in the folder that `clean` wrote, but there is no {str(path)!r}."
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise expected("folder", f"one with a readable {name}", f"a broken one, {str(path)!r} ({error})") from error
+        raise expected(name, "a whole JSON file", f"a broken one, {str(path)!r} ({error})") from error
     return Entry(content, "", name)
 
 

@@ -37,7 +37,7 @@ def points(difference: float) -> str:
 
 def p_text(value: float) -> str:
     """A p-value as one writes it."""
-    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+    return "p\u00a0<\u00a00.001" if value < 0.001 else f"p\u00a0=\u00a0{value:.2g}"
 
 
 def method_title(method: str) -> str:
@@ -62,31 +62,30 @@ def scan_sentence(before: Scan | None, after: Scan | None) -> str:
         scan, network = (after, "cleaned") if before is None else (before, "suspicious")
         assert scan is not None
         return f"In the {network} network {_found(scan, 'is', 'are')}; the other one was not scanned."
-    first, second = _found(before, "was", "were"), _found(after, "is", "are")
-    if not before.unusual() and not after.unusual():
-        return f"Before the cleaning {first}, after it neither, which proves nothing: see what this does not show."
-    return f"Before the cleaning {first}; after it {second}."
+    smallest = before.smallest(), after.smallest()
+    if None not in smallest and not before.unusual() and not after.unusual():
+        found = " and ".join(p_text(p) for p in smallest if p is not None)
+        return f"Neither before the cleaning nor after it is a class reached unusually easily (smallest {found})."
+    return f"Before the cleaning, {_found(before, 'was', 'were')}; after it, {_found(after, 'is', 'are')}."
 
 
 def _found(scan: Scan, one: str, many: str) -> str:
-    unusual = scan.unusual()
+    unusual, smallest = scan.unusual(), scan.smallest()
+    if smallest is None:
+        return "the scan left no p-value"
     if not unusual:
-        smallest = scan.smallest()
-        said = "" if smallest is None else f" (smallest {p_text(smallest)})"
-        return f"no class {one} reached unusually easily{said}"
-    listed = [f"{label} ({_p_values(found, len(scan.methods) > 1)})" for label, found in unusual.items()]
-    if len(listed) == 1:
-        return f"class {listed[0]} {one} reached unusually easily"
+        return f"no class {one} reached unusually easily (smallest {p_text(smallest)})"
+    if len(unusual) == 1:
+        label, found = next(iter(unusual.items()))
+        return f"class {label} {one} reached unusually easily ({_p_values(found, len(scan.methods))})"
+    listed = [f"{label} ({_p_values(found, len(scan.methods))})" for label, found in unusual.items()]
     last = listed[-1] if len(listed) <= 3 else f"{len(listed) - 2} more"
     return f"classes {', '.join(listed[: min(2, len(listed) - 1)])} and {last} {many} reached unusually easily"
 
 
-def _p_values(found: Mapping[str, float], several: bool) -> str:
-    return ", ".join(p_text(p) + (f" by {_spoken(name)}" if several else "") for name, p in found.items())
-
-
-def _spoken(method: str) -> str:
-    return method.replace("_", " ")
+def _p_values(found: Mapping[str, float], methods: int) -> str:
+    smallest = p_text(min(found.values()))
+    return smallest if methods == 1 else f"by {len(found)} of {methods} methods, smallest {smallest}"
 
 
 def accuracy_sentence(accuracy: Mapping[str, Accuracy]) -> str:
