@@ -71,7 +71,8 @@ def _usage(error: UsageError) -> str:
         choices = match[2].replace("'", "")
         return f"Expected one of {choices}, but got {match[1]!r}.{meant(match[1], choices.split(', '))}"
     if message.startswith('expected "subcommand" to be one of {'):  # which lists the first five only
-        return f"Expected one of {', '.join([*LightningCLI.subcommands(), *COMMANDS])} first; `nba-lightning --help` says what they do."
+        commands = ", ".join([*LightningCLI.subcommands(), *COMMANDS])
+        return f"Expected one of {commands} first; `nba-lightning --help` says what they do."
     if match := re.match(r"the following arguments are required: (.*)", message):
         command, names = match[1].split(".")[0], [name.split(".", 1)[-1] for name in match[1].split(", ")]
         own = COMMANDS.get(command)
