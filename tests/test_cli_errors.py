@@ -82,7 +82,7 @@ def test_errors_of_a_config_name_the_option(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "Expected one of fit, validate, test, predict, demo first"),
+        ([], "Expected one of fit, validate, test, predict, demo, report first"),
         (["fitt"], "but got 'fitt'. Did you mean fit?"),
         (["fit"], "Expected `--data` and `--model`, or a `--config` that gives it"),
         (["demo", "--outputt", "x"], "Expected an option of this command, but got '--outputt'. Did you mean --output?"),

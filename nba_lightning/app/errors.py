@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningCLI
 from PIL import Image
 
 from nba_lightning.app.commands import COMMANDS
@@ -71,8 +72,9 @@ def _usage(error: UsageError) -> str:
     if match := re.match(r"argument subcommand: invalid choice: '(.*?)' \(choose from (.*)\)", message):
         choices = match[2].replace("'", "")
         return f"Expected one of {choices}, but got {match[1]!r}.{meant(match[1], choices.split(', '))}"
-    if match := re.match(r'expected "subcommand" to be one of \{(.*)\}', message):
-        return f"Expected one of {match[1].replace(',', ', ')} first; `nba-lightning --help` says what they do."
+    if message.startswith('expected "subcommand" to be one of {'):  # which lists the first five only
+        commands = ", ".join([*LightningCLI.subcommands(), *COMMANDS])
+        return f"Expected one of {commands} first; `nba-lightning --help` says what they do."
     if match := re.match(r"the following arguments are required: (.*)", message):
         command, names = match[1].split(".")[0], [name.split(".", 1)[-1] for name in match[1].split(", ")]
         own = COMMANDS.get(command)

@@ -9,15 +9,15 @@ from nba_lightning.app.report_reading import Accuracy, Scan
 METHODS = {
     "maximum_margin": (
         "The largest margin of each class over all others that any input reaches; it needs no images.",
-        "It cannot see backdoors of a network that was trained to bound its margins, as by label smoothing.",
+        "it cannot see backdoors of a network that was trained to bound its margins, as by label smoothing.",
     ),
     "class_shift": (
         "How short a shift of the features before the last layer turns images to each class.",
-        "It cannot see triggers that change the features of each image differently.",
+        "it cannot see triggers that change the features of each image differently.",
     ),
     "teacher_disagreement": (
         "How often one small perturbation for all images turns them to each class, where the teacher is not fooled.",
-        "It cannot see triggers that are large or differ from image to image, or what the teacher falls for too.",
+        "it cannot see triggers that are large or differ from image to image, or what the teacher falls for too.",
     ),
 }
 """For each method of the scan what its statistic is, and what it alone cannot see."""

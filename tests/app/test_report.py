@@ -162,7 +162,7 @@ def test_untrusted_text_is_escaped_wherever_it_stands(tmp_path):
 
 
 def test_names_that_are_no_valid_text_do_not_stop_the_report(tmp_path):
-    assert "caf?" in page(tmp_path, whole() | {"classes": ["caf\udce9", "b", "c"]})
+    assert "x?y" in page(tmp_path, whole() | {"classes": ["x\udce9y", "b", "c"]})
 
 
 def test_the_minimal_report_leaves_out_what_is_missing(tmp_path):
