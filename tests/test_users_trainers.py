@@ -129,8 +129,9 @@ def test_the_best_checkpoint_and_early_stopping_are_the_student_s(monitor, netwo
 
 
 def test_swa_averages_students_alone(network, trainer):
-    module = NBA(network, teacher=another(network), pseudo=crafting(), lr=1e-6)
-    before = copy.deepcopy(network.state_dict())
+    teacher = another(network)  # which the student starts from
+    module = NBA(network, teacher=teacher, pseudo=crafting(), terms=Terms(teacher=1.0), lr=1e-6)
+    before = copy.deepcopy(teacher.state_dict())
     swa = StochasticWeightAveraging(swa_lrs=1e-6, swa_epoch_start=1)
     trainer(max_epochs=4, callbacks=[swa]).fit(module, DataLoader(images(), 16))
     for name, value in module.model.named_parameters():

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from nba_lightning.core.functional import kl_divergence
 from nba_lightning.core.layers import resolve_layers
 from nba_lightning.core.modes import Frozen
 from nba_lightning.core.randomness import generator_for
-from nba_lightning.io.batches import clean_batches
+from nba_lightning.io.batches import clean_batches, plain_batches
 from nba_lightning.pseudo import PseudoSamples, TriggerFamilies
 from nba_lightning.training.distillation import Distillation
 from nba_lightning.training.verification import Verification
@@ -95,6 +96,7 @@ class NBA(Distillation):
     """
 
     accepted: Tensor
+    """Share of what was learned that was kept; -1 before it was verified."""
 
     def __init__(
         self,
@@ -133,12 +135,12 @@ class NBA(Distillation):
         if terms.alignment and len(self.layers) < self.behavior.min_layers:
             raise expected("layers", f"at least {self.behavior.min_layers} for {type(self.behavior).__name__}", layers)
         self.suspicious = Frozen(model) if terms.suspicious else None
-        self.register_buffer("accepted", torch.tensor(float("nan")))
+        self.register_buffer("accepted", torch.tensor(-1.0))
 
     def setup(self, stage: str) -> None:
         """As usual; a fit begins with the teacher's weights."""
         super().setup(stage)
-        if stage == "fit" and torch.isnan(self.accepted):
+        if stage == "fit" and self.accepted < 0:
             own, other = self.model.state_dict(), self.teacher_network().state_dict()
             if {name: value.shape for name, value in own.items()} != {n: v.shape for n, v in other.items()}:
                 raise expected("teacher", "of the student's architecture", type(self.teacher_network()).__name__)
@@ -214,17 +216,24 @@ class NBA(Distillation):
 
     def on_train_end(self) -> None:
         """A fit that ended early keeps nothing that was not verified."""
-        if torch.isnan(self.accepted) and self.suspicious is not None:
+        if self.accepted < 0 and self.suspicious is not None:
             self._verify()
 
     def _verify(self) -> None:
         """Keep as much of what was learned as passes."""
         if self.suspicious is None:
             return
-        batches = (batch.images for batch in clean_batches(self.trainer))
         generator = generator_for(self.seed, 8, device=self.device)
+        loader = self.trainer.train_dataloader
+        # Unaugmented: a perturbation that must work on shifted and mirrored images hardly finds a trigger with a place.
+        batches = chain.from_iterable(plain_batches(self.trainer, loader) for _ in repeat(None))
         with self.trainer.precision_plugin.forward_context():
             share = self.verification.keep(
-                self.model, self.teacher_network(), self.suspicious.network, batches, generator, self.reduce
+                self.model,
+                self.teacher_network(),
+                self.suspicious.network,
+                (batch.images for batch in batches),
+                generator,
+                self.reduce,
             )
         self.accepted.fill_(share)
