@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import run_script
+
+pytestmark = pytest.mark.xdist_group("benchmarks")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 KEYS = {
     *("attack", "defense", "seed", "acc", "asr", "ra", "der", "seconds", "passes_per_image", "peak_memory_mib"),
@@ -28,14 +31,14 @@ def command(script, folder, *arguments):
 
 
 def call(script, folder, *arguments):
-    return subprocess.run(command(script, folder, *arguments), capture_output=True, text=True, check=False)
+    return run_script(command(script, folder, *arguments))
 
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid")
-    arguments = ("--attacks", "badnets", "clean", "--defenses", "fine_tuning", "--seeds", "0", "1", "--jobs", "2")
-    ran = call("grid", folder, *arguments)
+    arguments = ("--attacks", "badnets", "clean", "--defenses", "fine_tuning", "--seeds", "0", "1")
+    ran = call("grid", folder, *arguments, "--jobs", "2")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return folder, arguments
 
