@@ -49,7 +49,7 @@ def test_every_cell_says_what_it_is(grid):
     assert sorted(found) == [f"{attack}-fine_tuning-{seed}" for attack in ("badnets", "clean") for seed in (0, 1)]
     assert found["badnets-fine_tuning-0"].keys() >= KEYS
     assert not {"asr", "ra", "der"} & found["clean-fine_tuning-0"].keys()
-    # One batch of 50 of the 60 images an epoch, forwards and backwards, ten epochs; a look at the first; a check by two.
+    # One batch of 50 of the 60 images an epoch, forwards and backwards, ten epochs; a look first; a check.
     assert found["badnets-fine_tuning-0"]["passes_per_image"] == pytest.approx((2 * 10 * 50 + 50 + 2) / 60, abs=0.005)
     assert found["badnets-fine_tuning-0"]["acc"] != found["badnets-fine_tuning-1"]["acc"]
     before = json.loads((folder / "a" / "badnets-none-0.json").read_text())
