@@ -37,9 +37,9 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("i-bau: no source in the fixed point", "defenses/i_bau.py", "vector, retain_graph=True)[0]) + direct_leaf", "vector + direct_leaf, retain_graph=True)[0])", "defenses/i_bau"),
     ("i-bau: an iteration less", "defenses/i_bau.py", "in range(iterations):", "in range(iterations - 1):", "defenses/i_bau"),
     ("i-bau: indirect term alone", "defenses/i_bau.py", "[first + second for first, second", "[second for first, second", "defenses/i_bau"),
-    ("i-bau: fixed point of one process", "defenses/i_bau.py", "reduce(torch.autograd.grad(mapped, leaf, vector, retain_graph=True)[0])", "torch.autograd.grad(mapped, leaf, vector, retain_graph=True)[0]", "processes[i_bau]"),
-    ("i-bau: slope of one process", "defenses/i_bau.py", "inner_map(leaf), reduce(direct_leaf)", "inner_map(leaf), direct_leaf", "processes[i_bau]"),
-    ("i-bau: ascent of one process", "defenses/i_bau.py", "self.reduce(torch.autograd.grad(loss, leaf)[0])", "torch.autograd.grad(loss, leaf)[0]", "processes[i_bau]"),
+    ("i-bau: fixed point of one process", "defenses/i_bau.py", "reduce(torch.autograd.grad(mapped, leaf, vector, retain_graph=True)[0])", "torch.autograd.grad(mapped, leaf, vector, retain_graph=True)[0]", "defenses/i_bau"),
+    ("i-bau: slope of one process", "defenses/i_bau.py", "inner_map(leaf), reduce(direct_leaf)", "inner_map(leaf), direct_leaf", "defenses/i_bau"),
+    ("i-bau: ascent of one process", "defenses/i_bau.py", "self.reduce(torch.autograd.grad(loss, leaf)[0])", "torch.autograd.grad(loss, leaf)[0]", "defenses/i_bau"),
     # Shared adversarial unlearning.
     ("sau: ascends", "defenses/sau.py", "leaf.detach() - self.step_size", "leaf.detach() + self.step_size", "defenses/sau"),
     ("sau: unlearns in the suspicious network", "defenses/sau.py", "unlearning_loss(predict(self.model, perturbed)", "unlearning_loss(predict(self.suspicious, perturbed)", "defenses/sau"),
@@ -63,7 +63,7 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("fine-pruning: looks in train mode", "defenses/fine_pruning.py", "with evaluating(self.model), self.trainer", "with self.trainer", "defenses/fine_pruning"),
     ("fine-pruning: decides by training images", "defenses/fine_pruning.py", "features, labels = self._features(held_out)", "self._features(held_out)", "defenses/fine_pruning"),
     ("fine-pruning: ranks by augmented images", "defenses/fine_pruning.py", "augmented=False", "augmented=True", "defenses/fine_pruning"),
-    ("fine-pruning: each process decides for itself", "defenses/fine_pruning.py", "self.all_gather((torch.cat(caught), torch.cat(labels)))", "(torch.cat(caught)[None], torch.cat(labels)[None])", "processes[fine_pruning]"),
+    ("fine-pruning: each process decides for itself", "defenses/fine_pruning.py", "self.all_gather((torch.cat(caught), torch.cat(labels)))", "(torch.cat(caught)[None], torch.cat(labels)[None])", "defenses/fine_pruning"),
     # Pseudo samples.
     ("crafting: KL(S || T)", "pseudo/base.py", "kl_divergence(teacher_logits, student_logits)", "kl_divergence(student_logits, teacher_logits)", "pseudo"),
     ("crafting: student and teacher swapped", "pseudo/base.py", "predict(student, inputs), predict(teacher, inputs)", "predict(teacher, inputs), predict(student, inputs)", "pseudo"),

@@ -13,6 +13,7 @@ from tests.helpers import drifted
 from tests.processes.cases import AGREE, SAME, run
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group("processes")
 
 
 @pytest.fixture(scope="module")

@@ -188,3 +188,19 @@ def test_anp_prunes_with_the_last_step_and_not_before(network, clean_digits, tra
     trainer(max_epochs=1, callbacks=[Look()]).fit(module, clean_digits)
     assert 0.0 not in seen[:-1]
     assert seen[-1] == 0.0
+
+
+def test_anp_s_masks_stop_at_both_ends_of_the_unit_range(network, clean_digits, trainer):
+    module, found = ANP(lively(network), lr=50.0, momentum=0.0), []
+    with torch.no_grad():
+        for mask in module.masks:
+            mask.fill_(0.5)
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, *args):
+            found.append(torch.cat([mask.detach().clone() for mask in module.masks]))
+
+    trainer(callbacks=[Look()]).fit(module, clean_digits)
+    assert float(found[0].min()) == 0.0  # the step went far beyond, both ways
+    assert float(found[0].max()) == 1.0
+    assert all(0.0 <= float(one.min()) <= float(one.max()) <= 1.0 for one in found)

@@ -117,3 +117,13 @@ def test_fine_pruning_s_loss_is_the_cross_entropy_of_the_cut_network(network, tr
     by_hand = copy.deepcopy(network)
     by_hand.fc.register_forward_pre_hook(lambda _, inputs: (inputs[0] * (torch.arange(16) < 3),))
     torch.testing.assert_close(module.training_step((images, labels), 1), cross_entropy(by_hand(images), labels))
+
+
+def test_fine_pruning_decides_by_the_images_of_all_processes(network, trainer):
+    module = ready(FinePruning(network), trainer)
+    images, labels = batch()
+    alone, _ = module._features([(images, labels)])
+    module.all_gather = lambda parts: tuple(torch.stack([part, part + 1]) for part in parts)
+    features, truths = module._features([(images, labels)])
+    torch.testing.assert_close(features, torch.cat([alone, alone + 1]))
+    assert torch.equal(truths, torch.cat([labels, labels + 1]))

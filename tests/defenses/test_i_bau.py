@@ -1,5 +1,7 @@
 """I-BAU against independent formulations."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -124,3 +126,55 @@ def test_i_bau_keeps_the_first_batch_of_a_round_for_the_map(network, trainer):
     module.training_step(second, 2)
     assert torch.equal(module.inner_images, first[0])
     assert torch.equal(module.inner_labels, first[1])
+
+
+def in_step(first, second):
+    """What two functions of ``reduce`` give that run as two processes would: each call is the mean of both."""
+    barrier, given, found = threading.Barrier(2, timeout=60), [None, None], [None, None]
+
+    def run(rank, function):
+        def reduce(tensor):
+            given[rank] = tensor.detach()
+            barrier.wait()
+            mean = (given[0] + given[1]) / 2
+            barrier.wait()
+            return mean
+
+        found[rank] = function(reduce)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in enumerate((first, second))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_the_hypergradient_of_two_processes_is_that_of_their_mean_game():
+    torch.manual_seed(0)
+    halves = [(torch.randn(3, 3).double(), torch.randn(3, 2).double(), torch.randn(3).double()) for _ in range(2)]
+    theta, start = torch.randn(2, dtype=torch.float64, requires_grad=True), torch.randn(3, dtype=torch.float64)
+
+    def game(curvature, cross, goal):
+        return (
+            lambda d: ((d - goal) ** 2).sum() * (theta**2).sum(),
+            lambda d: d - 0.1 * (curvature @ d - cross @ theta) * (1 + theta[0] * d),
+        )
+
+    def mean(index):
+        return lambda d: sum(game(*half)[index](d) for half in halves) / 2
+
+    (whole,) = hypergradient(mean(0), mean(1), start, [theta], iterations=4)[1]
+    pair = in_step(
+        *(
+            lambda reduce, half=half: hypergradient(*game(*half), start, [theta], iterations=4, reduce=reduce)[1][0]
+            for half in halves
+        )
+    )
+    torch.testing.assert_close(sum(pair) / 2, whole)  # as DDP averages them
+
+
+def test_i_bau_ascends_along_the_slope_of_all_processes(network, trainer):
+    module, start = ready(IBAU(network, penalty=0.0), trainer), torch.rand(1, 1, 8, 8)
+    module.reduce = torch.zeros_like
+    assert torch.equal(module._ascend(start, torch.rand(4, 1, 8, 8)), start)

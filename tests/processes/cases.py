@@ -80,7 +80,7 @@ def nba():
 # Defences whose step on a global batch is the same however the batch is split.
 SAME = {
     "fine_tuning": lambda: FineTuning(network()),
-    "fine_pruning": lambda: FinePruning(network(), max_drop=0.3),
+    "fine_pruning": lambda: FinePruning(network(), max_drop=0.0),
     "nad": lambda: NAD(network(), teacher=teacher(), betas=[1.0, 1.0], lr=0.02),
     "nba": nba,
     "ft_sam": lambda: FTSAM(network(), rho=20.0, lr=0.1),
