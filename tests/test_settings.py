@@ -1,9 +1,6 @@
 """Settings from end to end on tiny data, and what their YAML say."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +8,8 @@ import yaml
 from safetensors.torch import save_file
 
 from nba_lightning.networks import SmallCNN, WideResNet
+from tests.benchmark_calls import BENCHMARKS, call
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FILES = sorted((BENCHMARKS / "settings").glob("*.yaml"))
 TINY = """
 group: found
@@ -28,16 +25,6 @@ models: {clean: own, poisoned: own_poisoned}
 clean_images: 140
 validation_fraction: 0.2
 """
-
-
-@pytest.fixture(autouse=True)
-def _benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-
-def call(script, *arguments):
-    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
