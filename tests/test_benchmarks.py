@@ -120,6 +120,16 @@ def test_a_teacher_is_fitted_once_and_counts_into_the_cost_of_each_that_asks_for
     assert len(found) == len(fits) + 2  # weights and cost of the student alone: the teacher was there
 
 
+def test_attacks_that_train_something_of_their_own_get_images_that_nobody_triggered(grid):
+    folder, _ = grid
+    where = ("--work", folder / "work", "--results", folder / "a", "--data", "digits", "--network", "small_cnn_digits")
+    ran = benchmark_calls.call("attacks", *where, "--epochs", "1", "--attacks", "input_aware", "ssba")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for name in ("input_aware", "ssba"):
+        assert json.loads((folder / "a" / f"{name}-none-0.json").read_text())["psnr"] > 5
+        assert (folder / "work" / f"{name}.attack.safetensors").exists()
+
+
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_ablation_names_arguments_of_the_method(path):
     from common import build, config, merged

@@ -183,3 +183,18 @@ def test_the_smooth_picture_is_smooth_strong_and_the_same_again(tmp_path):
     assert picture.std() > 0.3
     assert picture.diff(dim=1).abs().max() < 0.1
     assert picture.diff(dim=2).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["fashion_vit", "resnet18_64"])
+def test_strangers_networks_fit_their_images_and_name_layers(name):
+    from common import build
+
+    from nba_lightning.core.features import features, resolve_layers
+    from nba_lightning.io.adapters import check_fit
+
+    spec = yaml.safe_load((BENCHMARKS / "settings" / f"{name}.yaml").read_text())["network"]
+    network = build(torch.nn.Module, spec)
+    shape = (1, 28, 28) if name == "fashion_vit" else (3, 64, 64)
+    check_fit(network, shape, spec["init_args"]["num_classes"])
+    layers = resolve_layers(network, None)
+    assert len(features(network, torch.rand(2, *shape), layers)[1]) == len(layers) >= 3
