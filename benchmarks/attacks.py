@@ -21,7 +21,6 @@ import torch
 from common import (
     ATTACKS,
     BATCH_SIZE,
-    CONFIGS,
     build,
     config,
     data,
@@ -30,6 +29,7 @@ from common import (
     network,
     network_spec,
     parser,
+    poisoned_training,
     provenance,
     quiet,
     run_cells,
@@ -95,15 +95,13 @@ def fresh_attack(args: argparse.Namespace, source: Source, row: Row) -> Attack:
 def implant(args: argparse.Namespace, source: Source, row: Row) -> dict[str, Any]:
     """Train one model and give its row."""
     pl.seed_everything(row.seed, verbose=False)
-    model, module, epochs = network(args), config("defense", "none")["model"], args.epochs
+    model = network(args)
     attack = None if row.attack == "clean" else fresh_attack(args, source, row)
-    if (CONFIGS / "implant" / f"{row.attack}.yaml").exists():
-        module = config("implant", row.attack)["model"]
-        epochs += module["init_args"].get("mask_epochs", 0)
+    module, train_on, more = poisoned_training(row.attack)
+    epochs = args.epochs + more
     spec = merged(module, {"init_args": {"model": network_spec(args)}})
     implanting = build(Classifier, spec)
     implanting.model = model
-    train_on = "untriggered" if attack is not None and attack.trained_with_classifier else "poisoned"
     datamodule = data(args, source, attack, batch_size=BATCH_SIZE, train_on=train_on, **own_data(row.attack))
     chosen = [spec, None if attack is None else config("attack", row.attack)]
     meter = fit(args, f"{row.label}-none-{row.seed}", implanting, datamodule, epochs, chosen)

@@ -91,6 +91,15 @@ def config(kind: str, name: str) -> Any:
     return yaml.safe_load((CONFIGS / kind / f"{name}.yaml").read_text())
 
 
+def poisoned_training(attack: str | None) -> tuple[Any, str, int]:
+    """The module that trains with an attack, on which images, and the epochs that it takes beside the classifier's."""
+    if attack is None or not (CONFIGS / "implant" / f"{attack}.yaml").exists():
+        return config("defense", "none")["model"], "poisoned", 0
+    found = config("implant", attack)
+    own = found["model"]["init_args"].get("mask_epochs", 0)
+    return found["model"], found["data"]["init_args"]["train_on"], own
+
+
 def merged(base: Any, change: Any) -> Any:
     """``base`` with the values of ``change``, which win; as Lightning's command line composes its files."""
     if not isinstance(base, dict) or not isinstance(change, dict):

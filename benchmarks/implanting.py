@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 import yaml
-from common import BATCH_SIZE, HERE, build, config, merged, trainer
+from common import BATCH_SIZE, HERE, build, config, merged, poisoned_training, trainer
 from extra_sources import smooth_picture
 from fitting import fit, fit_key
 from torch import nn
@@ -106,12 +106,9 @@ def made(
     pl.seed_everything(0, verbose=False)
     if "weights" in stage:
         return converted(args, setting, part)
-    module_spec, epochs = config("defense", "none")["model"], stage["epochs"]
-    changes: dict[str, Any] = {"batch_size": stage.get("batch_size", BATCH_SIZE)}
-    if attack is not None and attack.trained_with_classifier:
-        module_spec = config("implant", setting["attack"]["config"])["model"]
-        epochs += module_spec["init_args"].get("mask_epochs", 0)
-        changes["train_on"] = "untriggered"
+    module_spec, train_on, more = poisoned_training(None if attack is None else setting["attack"]["config"])
+    epochs = stage["epochs"] + more
+    changes: dict[str, Any] = {"batch_size": stage.get("batch_size", BATCH_SIZE), "train_on": train_on}
     own_data = config("attack", setting["attack"]["config"])["data"]["init_args"]
     if attack is not None and "augment" in own_data:
         changes["augment"] = own_data["augment"]

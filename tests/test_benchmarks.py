@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ import yaml
 
 from nba_lightning import BackdoorDataModule, Defense
 from nba_lightning.data import Digits
+from tests import benchmark_calls
+from tests.benchmark_calls import BENCHMARKS
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 KEYS = {
     *("attack", "defense", "seed", "acc", "asr", "ra", "der", "seconds", "passes_per_image", "peak_memory_mib"),
     *("network", "source", "clean_fraction", "poison_rate", "settings", "versions", "hardware"),
@@ -25,24 +25,23 @@ SHORT = ("--label", "brief", "--set", "epochs=1")
 FINE_TUNING = (2 * 10 * 50 + 50 + 2) / 60
 
 
-def command(script, folder, *arguments):
+def options(script, folder, *arguments):
     here = {"--work": folder / "work", "--results": folder / "d", "--attack-results": folder / "a"}
     if script == "report":
         here.pop("--work")
     else:
         arguments = ("--data", "digits", "--network", "small_cnn_digits", "--epochs", "1", *arguments)
-    where = [str(part) for pair in here.items() for part in pair]
-    return [sys.executable, str(BENCHMARKS / f"{script}.py"), *where, *arguments]
+    return [*(part for pair in here.items() for part in pair), *arguments]
 
 
 def call(script, folder, *arguments):
-    return subprocess.run(command(script, folder, *arguments), capture_output=True, text=True, check=False)
+    return benchmark_calls.call(script, *options(script, folder, *arguments))
 
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid")
-    arguments = ("--attacks", "badnets", "clean", "--defenses", "fine_tuning", "--seeds", "0", "1", "--jobs", "2")
+    arguments = ("--attacks", "badnets", "clean", "--defenses", "fine_tuning", "--seeds", "0", "1")
     ran = call("grid", folder, *arguments)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return folder, arguments
@@ -90,7 +89,7 @@ def test_a_model_that_is_gone_is_trained_again(grid):
 def test_a_cell_that_fails_is_recorded_and_stops_no_other(grid, tmp_path):
     folder, _ = grid
     ablations = ("teacher_ft_sam", "regenerate_never", "teacher_never_poisoned")
-    arguments = ("--attacks", "badnets", "--seeds", "0", "--ablations", *ablations)
+    arguments = ("--attacks", "badnets", "--seeds", "0", "--ablations", *ablations, "--jobs", "2")
     ran = call("grid", folder, *arguments)
     assert ran.returncode != 0
     assert "1 cells failed" in ran.stderr
@@ -121,9 +120,18 @@ def test_a_teacher_is_fitted_once_and_counts_into_the_cost_of_each_that_asks_for
     assert len(found) == len(fits) + 2  # weights and cost of the student alone: the teacher was there
 
 
+def test_attacks_that_train_something_of_their_own_get_images_that_nobody_triggered(grid):
+    folder, _ = grid
+    where = ("--work", folder / "work", "--results", folder / "a", "--data", "digits", "--network", "small_cnn_digits")
+    ran = benchmark_calls.call("attacks", *where, "--epochs", "1", "--attacks", "input_aware", "ssba")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for name in ("input_aware", "ssba"):
+        assert json.loads((folder / "a" / f"{name}-none-0.json").read_text())["psnr"] > 5
+        assert (folder / "work" / f"{name}.attack.safetensors").exists()
+
+
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_ablation_names_arguments_of_the_method(path, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_every_ablation_names_arguments_of_the_method(path):
     from common import build, config, merged
 
     spec = merged(config("defense", "nba"), yaml.safe_load(path.read_text()))["model"]
@@ -131,8 +139,7 @@ def test_every_ablation_names_arguments_of_the_method(path, monkeypatch, tmp_pat
     assert isinstance(build(Defense, merged(spec, {"init_args": {"model": NETWORK}})), Defense)
 
 
-def test_a_source_that_is_read_once_keeps_its_classes(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_a_source_that_is_read_once_keeps_its_classes():
     from common import Loaded
 
     assert Loaded(Digits()).classes == Digits().classes
@@ -210,7 +217,8 @@ def test_a_cell_of_other_settings_is_not_taken_for_today_s(grid):
 
 def killed(folder, *arguments):
     """Start the grid, and kill it when a fit was saved; the saved fit."""
-    running = subprocess.Popen(command("grid", folder, *arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, BENCHMARKS / "grid.py", *options("grid", folder, *arguments)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         while not (saved := list((folder / "work").glob("unfinished/*/fit.ckpt"))):
             assert running.poll() is None, running.stdout.read().decode()
@@ -225,7 +233,7 @@ def test_a_cell_that_was_killed_goes_on_to_the_same_figures(grid, tmp_path):
     folder, _ = grid
     shutil.copytree(folder / "work", tmp_path / "work")
     shutil.copytree(folder / "a", tmp_path / "a")
-    cell = ("--attacks", "badnets", "--defenses", "nad", "--seeds", "0", "--label", "short", "--set", "epochs=30")
+    cell = ("--attacks", "badnets", "--defenses", "nad", "--seeds", "0", "--label", "short", "--set", "epochs=10")
     path = tmp_path / "d" / "badnets-short-0.json"
     saved = killed(tmp_path, *cell, "--save-every", "0")
     assert not path.exists()

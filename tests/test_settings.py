@@ -1,9 +1,6 @@
 """Settings from end to end on tiny data, and what their YAML say."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +8,8 @@ import yaml
 from safetensors.torch import save_file
 
 from nba_lightning.networks import SmallCNN, WideResNet
+from tests.benchmark_calls import BENCHMARKS, call
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FILES = sorted((BENCHMARKS / "settings").glob("*.yaml"))
 TINY = """
 group: found
@@ -28,16 +25,6 @@ models: {clean: own, poisoned: own_poisoned}
 clean_images: 140
 validation_fraction: 0.2
 """
-
-
-@pytest.fixture(autouse=True)
-def _benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-
-def call(script, *arguments):
-    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +183,18 @@ def test_the_smooth_picture_is_smooth_strong_and_the_same_again(tmp_path):
     assert picture.std() > 0.3
     assert picture.diff(dim=1).abs().max() < 0.1
     assert picture.diff(dim=2).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["fashion_vit", "resnet18_64"])
+def test_strangers_networks_fit_their_images_and_name_layers(name):
+    from common import build
+
+    from nba_lightning.core.features import features, resolve_layers
+    from nba_lightning.io.adapters import check_fit
+
+    spec = yaml.safe_load((BENCHMARKS / "settings" / f"{name}.yaml").read_text())["network"]
+    network = build(torch.nn.Module, spec)
+    shape = (1, 28, 28) if name == "fashion_vit" else (3, 64, 64)
+    check_fit(network, shape, spec["init_args"]["num_classes"])
+    layers = resolve_layers(network, None)
+    assert len(features(network, torch.rand(2, *shape), layers)[1]) == len(layers) >= 3
