@@ -70,7 +70,7 @@ class Chain:
             key: (before.get(key), self.arguments.get(key)) for key in sorted(before.keys() | self.arguments.keys())
         }
         other = {key: pair for key, pair in both.items() if pair[0] != pair[1]}
-        if other:
+        if other and self.done:
             listed = ", ".join(f"`{key}` was {_short(was)}, is {_short(now)}" for key, (was, now) in other.items())
             raise ValueError(
                 f"Expected `output` to be a folder without another run's results, but got {str(self.folder)!r}, whose "

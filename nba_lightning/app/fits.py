@@ -165,7 +165,7 @@ class Link:
             "rate": float(group.get("initial_lr", group.get("lr", module.lr))),
             "steps": int(runner.global_step),
             "batch": (self.data.batch_size or 0) * self.places.devices * self.places.nodes,
-            "layers": list(module.observed_layers()),
+            "layers": [name.removeprefix("network.") for name in module.observed_layers()],  # as the owner knows them
         }
 
 

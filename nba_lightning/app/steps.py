@@ -148,6 +148,8 @@ def page_of(folder: Path) -> tuple[Path | None, str | None]:
     """Write report.html; where that cannot be, say why."""
     try:
         from nba_lightning.app.report import write_report
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "nba_lightning.app.report":
+            raise
         return None, "report.html was not written: this version comes without the page."
     return write_report(folder), None

@@ -123,6 +123,8 @@ class CleanImages(SeededLoading):
         if self._set is not None:
             return
         paths, labels = self._listed()
+        text = "\n".join([*self.classes, *(f"{path} {(self.root / path).stat().st_size}" for path in paths)])
+        self._fingerprint = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
         if len(paths) > self.max_images:
             kept = stratified_split(labels, 1 - self.max_images / len(paths), self.seed)[0]
             rank_zero_warn(
@@ -167,9 +169,8 @@ class CleanImages(SeededLoading):
 
     def fingerprint(self) -> str:
         """A hash of the files' names and sizes and of the order of classes, to tell whether images are the same."""
-        paths, _ = self._listed(quiet=True)
-        text = "\n".join([*self.classes, *(f"{path} {(self.root / path).stat().st_size}" for path in paths)])
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        self.setup()
+        return self._fingerprint
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training images in a new order each epoch; the last incomplete batch is dropped."""
@@ -211,7 +212,7 @@ class CleanImages(SeededLoading):
             raise RuntimeError("Call CleanImages.setup() before asking for loaders.")
         return self._set
 
-    def _listed(self, quiet: bool = False) -> tuple[list[str], Tensor]:
+    def _listed(self) -> tuple[list[str], Tensor]:
         """Image files, relative to the root, and their classes `(N,)`; sets ``classes``."""
         found = {name: list_images(self.root, name) for name in sorted(class_folders(self.root))}
         with_images = {name for name, (images, _) in found.items() if images}
@@ -229,8 +230,7 @@ class CleanImages(SeededLoading):
                 f"the names of all {len(with_images)} folders with images in {str(self.root)!r}",
                 f"none for {first_few(unnamed)}",
             )
-        if not quiet:
-            self._tell(with_images, [path for _, others in found.values() for path in others])
+        self._tell(with_images, [path for _, others in found.values() for path in others])
         images = {name: found[name][0] if name in found else [] for name in self.classes}
         labels = [label for label, name in enumerate(self.classes) for _ in images[name]]
         return [path for name in self.classes for path in images[name]], torch.tensor(labels)
