@@ -87,7 +87,7 @@ def fresh_attack(args: argparse.Namespace, source: Source, row: Row) -> Attack:
         return attack_for(args, row.attack, **changes, **surrogate)
     if isinstance(attack, SSBA):
         first = config("implant", "steganography")
-        datamodule = data(args, source, attack, batch_size=BATCH_SIZE)
+        datamodule = data(args, source, attack, batch_size=BATCH_SIZE, train_on="untriggered")
         trainer(args, first["trainer"]["max_epochs"]).fit(build(pl.LightningModule, first["model"]), datamodule)
     return attack
 
@@ -103,7 +103,8 @@ def implant(args: argparse.Namespace, source: Source, row: Row) -> dict[str, Any
     spec = merged(module, {"init_args": {"model": network_spec(args)}})
     implanting = build(Classifier, spec)
     implanting.model = model
-    datamodule = data(args, source, attack, batch_size=BATCH_SIZE, **own_data(row.attack))
+    train_on = "untriggered" if attack is not None and attack.trained_with_classifier else "poisoned"
+    datamodule = data(args, source, attack, batch_size=BATCH_SIZE, train_on=train_on, **own_data(row.attack))
     chosen = [spec, None if attack is None else config("attack", row.attack)]
     meter = fit(args, f"{row.label}-none-{row.seed}", implanting, datamodule, epochs, chosen)
     cell = {"attack": row.attack, "defense": "none", "seed": row.seed, **test(args, Classifier(model), datamodule)}

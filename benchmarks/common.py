@@ -42,6 +42,7 @@ class Loaded(Source):
 
     def __init__(self, source: Source) -> None:
         self.sets = source.load()
+        self.classes = source.check(*self.sets)
 
     def load(self) -> tuple[LabeledImages, LabeledImages]:
         return self.sets
@@ -64,13 +65,19 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def parser(description: str | None, results: str) -> argparse.ArgumentParser:
-    """Arguments of every benchmark that trains."""
-    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Arguments of every benchmark that trains on one source and network."""
+    found = plain_parser(description, results)
     found.add_argument("--data", default="image_folder", help="source and augmentation: a file of configs/data")
     found.add_argument("--root", help="folder of the source, other than the config's")
     found.add_argument("--source", default="CIFAR-10, JPEG copy", help="the source's name in the results")
     found.add_argument("--network", default="wide_resnet16_1", help="a file of configs/network")
     found.add_argument("--epochs", type=int, default=15, help="epochs of the poisoned training")
+    return found
+
+
+def plain_parser(description: str | None, results: str) -> argparse.ArgumentParser:
+    """Arguments of every benchmark that trains."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--precision", default="bf16-mixed")
     found.add_argument("--results", type=Path, default=HERE / "results" / results)
     found.add_argument("--work", type=Path, default=Path("runs/benchmark"), help="where models are kept")

@@ -8,11 +8,12 @@
 
 Defences are those of ``configs/defense``, as they stand there; ablations are files of ``benchmarks/ablations``, laid
 over ``configs/defense/nba.yaml``. The attack ``clean`` is none: every defence on a model that nobody poisoned. Every
-model is tested once, after its last epoch. The backdoored model of an attack is trained once (see attacks.py) and kept
-under ``--work``, the cleaned ones beside it; the seeds are those of the defences: of their own draws, and of the order
-and augmentation of the defender's images, which are the same for all. A cell that is there is not run again, and one
-that was killed goes on from where it was last saved; if one was run with other settings than today's, nothing runs
-until it is deleted or renamed.
+model is tested once, after its last epoch. A defence that needs a teacher gets one by fine-tuning, in a fit of its own
+whose cost counts; defences of one seed share it. The backdoored model of an attack is trained once (see attacks.py) and
+kept under ``--work``, teachers and cleaned ones beside it; the seeds are those of the defences: of their own draws, and
+of the order and augmentation of the defender's images, which are the same for all. A cell that is there is not run
+again, and one that was killed goes on from where it was last saved; if one was run with other settings than today's,
+nothing runs until it is deleted or renamed.
 """
 
 import argparse
@@ -21,14 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-import torch
 import yaml
 from attacks import Row, attack_for, implant_all, state_file
+from chain import Subject, clean, settings_of
 from common import (
     ATTACKS,
     DEFENSES,
     HERE,
-    build,
     config,
     data,
     done,
@@ -41,13 +41,12 @@ from common import (
     run_cells,
     test,
 )
-from fitting import fit
 
+from nba_lightning import Classifier
 from nba_lightning.core.checks import first_few
 from nba_lightning.core.functional import defense_effectiveness_rating
 from nba_lightning.data import Source
 from nba_lightning.io.weights import save_weights
-from nba_lightning.training.defense import Defense
 
 ABLATIONS = sorted(path.stem for path in (HERE / "ablations").glob("*.yaml"))
 CLEAN_FRACTION = 0.05
@@ -80,20 +79,12 @@ def defense_config(args: argparse.Namespace, cell: Cell) -> Any:
     return merged(found, parts)
 
 
-def settings_of(found: Any, batch_size: int) -> dict[str, Any]:
-    """What a result says of the settings."""
-    subset = found["data"]["init_args"] | {"batch_size": batch_size}
-    return {"epochs": found["trainer"]["max_epochs"], **found["model"], **subset}
-
-
-def build_defense(args: argparse.Namespace, cell: Cell, spec: Any) -> Defense:
-    """The module, on the suspicious weights; ``$WORK``, ``$ATTACK`` and ``$SEED`` get their values."""
-    text = json.dumps(spec)
+def filled(args: argparse.Namespace, cell: Cell, found: Any) -> Any:
+    """The configuration in which ``$WORK``, ``$ATTACK`` and ``$SEED`` have their values."""
+    text = json.dumps(found)
     for name, value in {"WORK": args.work, "ATTACK": cell.attack, "SEED": cell.seed}.items():
         text = text.replace(f"${name}", str(value))
-    own = {"model": network_spec(args), "weights": str(args.work / f"{cell.attack}.safetensors"), "seed": cell.seed}
-    module: Defense = build(Defense, merged(json.loads(text), {"init_args": own}))
-    return module
+    return json.loads(text)
 
 
 def stale(args: argparse.Namespace, cell: Cell) -> bool:
@@ -102,9 +93,8 @@ def stale(args: argparse.Namespace, cell: Cell) -> bool:
     if not done(path):
         return False
     before = json.loads(path.read_text())
-    found = defense_config(args, cell)
-    batch_size = min(found["data"]["init_args"]["batch_size"], before["clean_images"])
-    return bool(before["settings"] != settings_of(found, batch_size))
+    today = settings_of(defense_config(args, cell), before["clean_images"], network_spec(args))
+    return bool(before["settings"] != today)
 
 
 def defend(args: argparse.Namespace, source: Source, cell: Cell) -> dict[str, Any]:
@@ -113,26 +103,21 @@ def defend(args: argparse.Namespace, source: Source, cell: Cell) -> dict[str, An
     pl.seed_everything(cell.seed, verbose=False)
     found = defense_config(args, cell)
     attack = None if cell.attack == "clean" else attack_for(args, cell.attack, state=state_file(args, cell.attack))
-    subset = found["data"]["init_args"]
-    datamodule = data(args, source, attack, **subset | {"batch_size": 2})
+    datamodule = data(args, source, attack, **found["data"]["init_args"] | {"batch_size": 2})
     datamodule.setup()
-    # A small source may have less than one of the authors' batches.
-    datamodule.batch_size = min(subset["batch_size"], len(datamodule.partition.clean))
-    module = build_defense(args, cell, found["model"])
-    for inner in module.children():
-        inner.to(memory_format=torch.channels_last)
-    settings = settings_of(found, datamodule.batch_size)
-    meter = fit(args, cell.name, module, datamodule, found["trainer"]["max_epochs"], settings)
-    result = {"attack": cell.attack, "defense": cell.defense, "seed": cell.seed, **test(args, module, datamodule)}
+    weights = args.work / f"{cell.attack}.safetensors"
+    subject = Subject(cell.name, network_spec(args), weights, datamodule, cell.seed)
+    network, cost = clean(args, filled(args, cell, found), subject)
+    figures = test(args, Classifier(network), datamodule)
+    result = {"attack": cell.attack, "defense": cell.defense, "seed": cell.seed, **figures}
     if "asr" in result:
         rating = defense_effectiveness_rating(before["acc"], before["asr"], result["acc"], result["asr"])
         result["der"] = round(rating, 6)
-    images = len(datamodule.partition.clean)
-    result |= {"seconds": meter.seconds, "passes_per_image": round(meter.passes / images, 2)}
-    result |= {"peak_memory_mib": meter.peak_memory_mib, "clean_fraction": args.clean_fraction}
-    result |= {"clean_images": images, "poison_rate": before.get("poison_rate", 0.0)}
-    result |= {"settings": settings, **provenance(args)}
-    save_weights(module.model.state_dict(), args.work / f"{cell.name}.safetensors")
+    result |= {"seconds": cost.seconds, "passes_per_image": round(cost.passes / subject.images, 2)}
+    result |= {"peak_memory_mib": cost.peak_memory_mib, "clean_fraction": args.clean_fraction}
+    result |= {"clean_images": subject.images, "poison_rate": before.get("poison_rate", 0.0)}
+    result |= {"settings": settings_of(found, subject.images, subject.network), **provenance(args)}
+    save_weights(network.state_dict(), args.work / f"{cell.name}.safetensors")
     return result
 
 

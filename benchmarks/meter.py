@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
+
+from nba_lightning import Classifier
 
 
 class Meter(Callback):
     """Figures of the code under :func:`metered`; as a callback of its Trainer, of the fit before a checkpoint too."""
 
     def __init__(self) -> None:
-        self.passes, self.seconds, self.peak_memory_mib = 0, 0.0, 0.0
+        self.passes, self.seconds, self.peak_memory_mib, self.finite = 0, 0.0, 0.0, True
         self._memory, self._start = _reset_peak(), time.perf_counter()
 
     def read(self) -> None:
@@ -37,8 +39,8 @@ class Meter(Callback):
 
 
 @contextmanager
-def metered(module: nn.Module, network: type[nn.Module]) -> Iterator[Meter]:
-    """Count the images that pass forwards or backwards through any network of class ``network`` inside ``module``.
+def metered(module: Classifier) -> Iterator[Meter]:
+    """Count the images that pass forwards or backwards through the module's network or any that is frozen beside it.
 
     Peak memory is what the fit needs on top of what was there before it: of the device, or of the process.
     """
@@ -47,12 +49,12 @@ def metered(module: nn.Module, network: type[nn.Module]) -> Iterator[Meter]:
     def backward(gradient: Tensor) -> None:
         meter.passes += len(gradient)
 
-    def forward(_: nn.Module, inputs: Any, logits: Tensor) -> None:
+    def forward(_: Any, inputs: Any, logits: Tensor) -> None:
         meter.passes += len(inputs[0])
         if logits.requires_grad:
             logits.register_hook(backward)
 
-    hooks = [inner.register_forward_hook(forward) for inner in module.modules() if type(inner) is network]
+    hooks = [network.register_forward_hook(forward) for network in module.networks()]
     try:
         yield meter
     finally:

@@ -4,6 +4,7 @@
     python benchmarks/report.py --figure grid.png
     python benchmarks/report.py --only nba no_alignment form_fsp
     python benchmarks/report.py --compact             # the table of README.md: attacks as columns
+    python benchmarks/report.py --settings            # the cells of settings.py instead, by setting
 
 Figures are means over the seeds, and in the averages over the attacks that most defences have met.
 """
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import settings_report
 from common import DEFENSES, HERE, cells
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -189,12 +191,17 @@ def _point(axes: Axes, group: Group, metric: str, name: str, index: int) -> None
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--results", type=Path, default=HERE / "results" / "defenses")
+    options.add_argument("--results", type=Path, help="folder of the cells; by default in benchmarks/results")
+    options.add_argument("--settings", action="store_true", help="the cells of settings.py, by setting")
     options.add_argument("--attack-results", type=Path, default=HERE / "results" / "attacks")
     options.add_argument("--only", nargs="+", help="these defences; by default those of configs/defense")
     options.add_argument("--compact", action="store_true", help="one small table instead, attacks as columns")
     options.add_argument("--figure", type=Path, help="draw it into this file")
     args = options.parse_args()
+    args.results = args.results or HERE / "results" / ("settings" if args.settings else "defenses")
+    if args.settings:
+        print(settings_report.report(args.results, args.only))
+        return
     wanted = args.only or DEFENSES
     found = groups(cell for cell in cells(args.results) if cell["defense"] in wanted)
     if not found:

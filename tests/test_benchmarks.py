@@ -9,12 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+
+from nba_lightning import BackdoorDataModule, Defense
+from nba_lightning.data import Digits
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 KEYS = {
     *("attack", "defense", "seed", "acc", "asr", "ra", "der", "seconds", "passes_per_image", "peak_memory_mib"),
     *("network", "source", "clean_fraction", "poison_rate", "settings", "versions", "hardware"),
 }
+NETWORK = {"class_path": "nba_lightning.networks.SmallCNN", "init_args": {"width": 4}}
+SHORT = ("--label", "brief", "--set", "epochs=1")
+# One batch of 50 of the 60 images an epoch, forwards and backwards, ten epochs; a look at the first batch, and a check.
+FINE_TUNING = (2 * 10 * 50 + 50 + 2) / 60
 
 
 def command(script, folder, *arguments):
@@ -46,8 +54,7 @@ def test_every_cell_says_what_it_is(grid):
     assert sorted(found) == [f"{attack}-fine_tuning-{seed}" for attack in ("badnets", "clean") for seed in (0, 1)]
     assert found["badnets-fine_tuning-0"].keys() >= KEYS
     assert not {"asr", "ra", "der"} & found["clean-fine_tuning-0"].keys()
-    # One batch of 50 of the 60 images an epoch, forwards and backwards, ten epochs; and the check of the fit.
-    assert found["badnets-fine_tuning-0"]["passes_per_image"] == pytest.approx(2 * 10 * 50 / 60, abs=0.05)
+    assert found["badnets-fine_tuning-0"]["passes_per_image"] == pytest.approx(FINE_TUNING, abs=0.01)
     assert found["badnets-fine_tuning-0"]["acc"] != found["badnets-fine_tuning-1"]["acc"]
     before = json.loads((folder / "a" / "badnets-none-0.json").read_text())
     assert before["defense"] == "none"
@@ -92,6 +99,44 @@ def test_a_cell_that_fails_is_recorded_and_stops_no_other(grid, tmp_path):
     given = (folder / "d" / "badnets-teacher_never_poisoned-0.json").read_text()
     assert "acc" in json.loads(given)
     assert str(folder) not in given  # settings, not where somebody keeps models
+
+
+def test_a_teacher_is_fitted_once_and_counts_into_the_cost_of_each_that_asks_for_it(grid):
+    folder, _ = grid
+    ran = call("grid", folder, "--attacks", "badnets", "--defenses", "nad", "--seeds", "0", "1")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    cells = [json.loads((folder / "d" / f"badnets-nad-{seed}.json").read_text()) for seed in (0, 1)]
+    student = (3 * 10 * 60 + 60 + 2) / 60  # forwards, backwards and through the teacher, in one batch
+    for cell in cells:
+        assert cell["passes_per_image"] == pytest.approx(FINE_TUNING + student, abs=0.01)
+        assert cell["settings"]["teacher"]["class_path"].endswith("FineTuning")
+        assert cell["settings"]["teacher"]["epochs"] == 10
+    fits = {path: path.stat().st_mtime_ns for path in (folder / "work" / "fits").iterdir()}
+    ran = call("grid", folder, "--attacks", "badnets", "--defenses", "nad", "--seeds", "0", *SHORT)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    again = json.loads((folder / "d" / "badnets-brief-0.json").read_text())
+    assert again["passes_per_image"] == pytest.approx(FINE_TUNING + (3 * 60 + 60 + 2) / 60, abs=0.01)
+    found = {path: path.stat().st_mtime_ns for path in (folder / "work" / "fits").iterdir()}
+    assert found.items() >= fits.items()
+    assert len(found) == len(fits) + 2  # weights and cost of the student alone: the teacher was there
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_ablation_names_arguments_of_the_method(path, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from common import build, config, merged
+
+    spec = merged(config("defense", "nba"), yaml.safe_load(path.read_text()))["model"]
+    spec["init_args"].pop("teacher_weights", None)
+    assert isinstance(build(Defense, merged(spec, {"init_args": {"model": NETWORK}})), Defense)
+
+
+def test_a_source_that_is_read_once_keeps_its_classes(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from common import Loaded
+
+    assert Loaded(Digits()).classes == Digits().classes
+    assert BackdoorDataModule(Loaded(Digits()), batch_size=16).source.classes == Digits().classes
 
 
 def test_the_report_has_averages_rows_and_a_figure(grid, tmp_path):
@@ -192,6 +237,7 @@ def test_a_cell_that_was_killed_goes_on_to_the_same_figures(grid, tmp_path):
     resumed = json.loads(path.read_text())
     assert not list((tmp_path / "work" / "unfinished").iterdir())
     path.unlink()
+    shutil.rmtree(tmp_path / "work" / "fits")
     assert call("grid", tmp_path, *cell).returncode == 0
     whole = json.loads(path.read_text())
     assert resumed["passes_per_image"] == pytest.approx(whole["passes_per_image"] + 1000)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from nba_lightning.core.features import capture, features, resolve_layers
+from nba_lightning.core.features import capture, features
+from nba_lightning.core.layers import resolve_layers
 from nba_lightning.networks import PreActResNet18, SmallCNN, WideResNet
 
 

@@ -2,7 +2,6 @@ import contextlib
 import copy
 import json
 import math
-from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -15,16 +14,20 @@ from torch.utils.data import DataLoader, TensorDataset
 from nba_lightning import ANP, NAD, NBA, BackdoorDataModule, Classifier, Defense, FineTuning
 from nba_lightning.attacks import BadNets, Blended
 from nba_lightning.behaviors import FSP
-from nba_lightning.callbacks import NonFiniteLossError, PseudoSampleRegeneration
+from nba_lightning.callbacks import NonFiniteLossError
 from nba_lightning.core.augmentation import RandomCropFlip
-from nba_lightning.core.features import features
-from nba_lightning.core.functional import channel_gram
 from nba_lightning.core.modes import frozen_statistics
-from nba_lightning.defenses.nba import Weights
+from nba_lightning.defenses.nba import Terms
 from nba_lightning.io.adapters import check_fit
 from nba_lightning.io.weights import save_weights
 from nba_lightning.networks import Normalize, SmallCNN
-from nba_lightning.pseudo import SamplePerturbations, UniversalPerturbations
+from nba_lightning.pseudo import (
+    ClassPerturbations,
+    SamplePerturbations,
+    Together,
+    TriggerFamilies,
+    UniversalPerturbations,
+)
 from nba_lightning.training.distillation import Distillation
 from nba_lightning.training.schedule import cosine_factor
 
@@ -144,96 +147,6 @@ class Counting(nn.Module):
         return self.net(images)
 
 
-OFF = Weights(cross_entropy=2.0)
-
-
-@pytest.mark.parametrize(
-    ("terms", "teacher", "suspicious"),
-    [
-        ({}, 0, 1),
-        ({"labelled_share": 0.0}, 0, 1),
-        ({"align_with": "teacher"}, 1, 1),
-        ({"labelled": Weights(2.0, 4.0), "labelled_share": 1.0}, 0, 1),
-        ({"labelled": Weights(2.0, 0.0, 1.0), "labelled_share": 1.0, "align_with": "teacher"}, 1, 0),
-        ({"labelled": OFF, "labelled_share": 1.0}, 0, 0),
-        ({"pseudo_share": 0.0}, 0, 1),
-    ],
-)
-def test_a_term_that_is_off_costs_no_pass(terms, teacher, suspicious, network, clean_digits, trainer):
-    module = NBA(Counting(network), teacher=Counting(another(network)), pseudo=UniversalPerturbations(steps=0), **terms)
-    module.pseudo.bank = torch.zeros(1, 1, 8, 8)
-    clean_digits.setup("fit")
-    steps = len(clean_digits.train_dataloader())
-    module.setup = lambda stage: None
-    trainer().fit(module, clean_digits)
-    assert module.model.calls == steps + 1  # and one look at the first batch
-    assert module.teacher.network.calls == teacher * steps
-    assert (0 if module.suspicious is None else module.suspicious.network.calls) == suspicious * steps
-    needs = terms.get("pseudo_share") != 0
-    assert any(isinstance(c, PseudoSampleRegeneration) for c in module.configure_callbacks()) is needs
-
-
-@pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize("align_with", ["suspicious", "teacher"])
-def test_the_loss_is_the_equation(align_with, labelled, network, trainer, clean_digits):
-    module = NBA(
-        network,
-        teacher=SmallCNN(width=4, in_channels=1),
-        pseudo_share=0.5,
-        labelled=Weights(cross_entropy=2.0, distillation=4.0, alignment=3.0),
-        labelled_share=float(labelled),
-        mixed=Weights(distillation=5.0, alignment=3.0),
-        align_with=align_with,
-    )
-    nn.init.normal_(module.suspicious.network.fc.weight)
-    module.pseudo.bank = 0.1 * torch.randn(1, 1, 8, 8)
-    module.mixing.forward = lambda images, generator: images.flip(0)
-    module.trainer = trainer()
-    module.log = module.log_dict = lambda *args, **kwargs: None
-    module.eval()
-    given, labels = torch.rand(6, 1, 8, 8), torch.randint(0, 10, (6,))
-    loss = module.training_step((given, labels), 1)
-    images = given if labelled else given.flip(0)
-    pseudo = torch.cat([(images[:3] + module.pseudo.bank).clamp(0, 1), images[3:]])
-    names = ["block1", "block2", "block3"]
-    logits, observed = features(network, pseudo, names)
-    wanted = features(getattr(module, align_with).network, images, names)[1]
-    expected = 3 * sum((channel_gram(observed[n]) - channel_gram(wanted[n])).pow(2).sum() for n in names) / (3 * 6)
-    answers = module.suspicious(images).softmax(dim=1)
-    divergence = nn.functional.kl_div(logits.log_softmax(dim=1), answers, reduction="batchmean")
-    if labelled:
-        expected += 2 * nn.functional.cross_entropy(logits, labels) + 4 * divergence
-    else:
-        expected += 5 * divergence
-    torch.testing.assert_close(loss, expected)
-
-
-@pytest.mark.parametrize(
-    ("share", "epochs", "number"), [(0.0, 4, 0), (0.35, 4, 1), (0.5, 4, 2), (1.0, 4, 4), (0.07, 100, 7)]
-)
-def test_labels_end_where_mixed_images_begin(share, epochs, number, network):
-    module = NBA(network, labelled_share=share)
-    found = []
-    for epoch in range(epochs):
-        module._trainer = SimpleNamespace(max_epochs=epochs, current_epoch=epoch)
-        found.append(module.learns_labels)
-    assert found == [True] * number + [False] * (epochs - number)
-
-
-def test_the_student_starts_from_the_suspicious_weights_and_the_teacher_stays(network, clean_digits, trainer):
-    suspicious, given = copy.deepcopy(network), another(network).train()
-    before = copy.deepcopy(given.state_dict())
-    module = NBA(network, teacher=given)
-    assert states_equal(suspicious.state_dict(), module.model.state_dict())
-    trainer(max_epochs=2).fit(module, clean_digits)
-    assert states_equal(before, module.teacher.network.state_dict())
-    assert states_equal(before, given.state_dict())
-    assert given.training  # the user's own network is left as it was
-    assert all(parameter.requires_grad for parameter in given.parameters())
-    assert not any(layer.training for layer in module.teacher.network.modules())
-    assert not any(parameter.requires_grad for parameter in module.teacher.network.parameters())
-
-
 @pytest.mark.parametrize("defense", [NAD, NBA])
 def test_a_missing_teacher_is_named_with_what_to_type(defense, network, clean_digits, trainer, tmp_path):
     with pytest.raises(ValueError, match=r"(?s)Expected `teacher` to be given for (NBA|NAD).*FineTuning\(copy"):
@@ -269,7 +182,9 @@ def test_pseudo_samples_leave_batchnorm_statistics_alone(network):
     [
         {"behavior": FSP()},
         {"pseudo": SamplePerturbations(steps=2)},
-        {"jitter": RandomCropFlip(1)},
+        {"pseudo": TriggerFamilies(candidates=2, kept=1)},
+        {"pseudo": Together([TriggerFamilies(candidates=0, kept=0), ClassPerturbations(steps=1)], [2, 1])},
+        {"terms": Terms(cross_entropy=1.0, teacher=1.0), "mixed_share": 0.5},
         {"layers": ["fc"]},
         {"optimizer": torch.optim.AdamW},
     ],
@@ -289,28 +204,7 @@ def test_any_loader_of_images_and_labels_will_do(trainer):
     )
     module = NBA(theirs, teacher=another(theirs), layers=["2"])
     trainer(max_epochs=2).fit(module, loader)
-    assert module.pseudo.bank.shape == (1, 3, 16, 16)
-
-
-def test_bad_arguments_of_nba(network):
-    with pytest.raises(ValueError, match="Expected `alignment` to be at least 0, but got -1"):
-        NBA(network, labelled=Weights(alignment=-1))
-    with pytest.raises(ValueError, match="Expected `weights of a phase` to be positive for at least one term"):
-        NBA(network, labelled=Weights())
-    with pytest.raises(ValueError, match="Expected `mixed` to be without `cross_entropy`"):
-        NBA(network, mixed=Weights(cross_entropy=1))
-    with pytest.raises(ValueError, match=r"Expected `pseudo_share` to be in \[0, 1\], but got 2"):
-        NBA(network, pseudo_share=2)
-    with pytest.raises(ValueError, match=r"Expected `labelled_share` to be in \[0, 1\], but got -1"):
-        NBA(network, labelled_share=-1)
-    with pytest.raises(ValueError, match="Expected `layers` to be at least 2 for FSP"):
-        NBA(network, behavior=FSP(), layers=["block1"])
-    with pytest.raises(ValueError, match="got blok. Available"):
-        NBA(network, layers=["blok"])
-    with pytest.raises(ValueError, match="Expected `align_with` to be one of suspicious, teacher, but got 'student'"):
-        NBA(network, align_with="student")
-    with pytest.raises(ValueError, match=r"Expected `lr` to be in \(0, inf\], but got 0"):
-        NBA(network, lr=0)
+    assert [len(draws["field"]) for draws in module.pseudo.found if "field" in draws] == [2, 2, 2]
 
 
 def test_networks_that_do_not_fit_the_data_are_named(clean_digits, trainer):

@@ -58,6 +58,32 @@ def test_a_split_refuses_what_is_none():
         stratified_split(torch.empty(0).long(), 0.5, seed=0)
 
 
+def test_poisoned_and_clean_images_are_drawn_at_random_and_are_nobody_else_s():
+    labels = torch.arange(4).repeat(400)
+    part = draw_partition(labels, labels != 0, 0.2, 0.25, 0.5, seed=0, cross_ratio=0.5)
+    defender = torch.cat([part.clean, part.validation])
+    for drawn, number, of in ((part.poisoned, 320, 1200), (part.cross, 160, 1280), (defender, 400, 1120)):
+        assert len(drawn.unique()) == len(drawn) == number
+        # Neither the first images nor the last: each quarter has its share, at most five deviations off.
+        spread = 5 * (number / 4 * (1 - number / of)) ** 0.5
+        quarters = [int(((drawn >= low) & (drawn < low + 400)).sum()) for low in range(0, 1600, 400)]
+        assert all(abs(count - number / 4) <= spread for count in quarters), quarters
+    parts = torch.cat([part.poisoned, part.cross, defender])
+    assert len(parts.unique()) == len(parts)
+    assert (labels[part.poisoned] != 0).all()
+    assert labels[part.clean].bincount().tolist() == labels[part.validation].bincount().tolist() == [50] * 4
+    everything = torch.cat([part.training, part.validation]).sort().values
+    assert torch.equal(everything, torch.arange(1600))
+    for one in (part.training, part.poisoned, part.cross, part.clean, part.validation):
+        assert torch.equal(one, one.sort().values)
+
+
+def test_another_seed_draws_other_images():
+    labels = torch.arange(4).repeat(100)
+    first, second = (draw_partition(labels, labels != 0, 0.1, 0.1, 0.2, seed, cross_ratio=1.0) for seed in (0, 1))
+    assert not any(torch.equal(getattr(first, name), value) for name, value in vars(second).items())
+
+
 def test_the_published_partition_is_still_drawn():
     """The figures of the benchmarks belong to these draws."""
     labels = torch.arange(10).repeat(200)

@@ -9,18 +9,22 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 
 from nba_lightning import NBA, Classifier
-from tests.processes.cases import SAME, run
+from tests.helpers import drifted
+from tests.processes.cases import AGREE, SAME, run
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """What two processes found, and what one finds."""
+def both(request, tmp_path_factory):
+    """What two processes found, and what one finds, of the cases that the chosen tests ask for."""
+    asking = [item for item in request.session.items if "both" in getattr(item, "fixturenames", ())]
+    named = {item.callspec.params["name"] for item in asking if hasattr(item, "callspec")}
+    names = sorted(named) if all(hasattr(item, "callspec") for item in asking) else [*SAME, *AGREE]
     folder = tmp_path_factory.mktemp("two")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ran = subprocess.run(
-        [*launch, "-m", "tests.processes.cases", str(folder)],
+        [*launch, "-m", "tests.processes.cases", str(folder), *names],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -29,7 +33,7 @@ def both(tmp_path_factory):
     )
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    return folder, ranks, run(tmp_path_factory.mktemp("one"), 1)
+    return folder, ranks, run(tmp_path_factory.mktemp("one"), 1, names)
 
 
 def close(first, second, **tolerance):
@@ -64,7 +68,7 @@ def test_metrics_count_every_image_once(both, name):
             assert found == pytest.approx(expected, abs=1.5 / 323)
 
 
-@pytest.mark.parametrize("name", ["input_aware", "trojannn", "lc", "anp"])
+@pytest.mark.parametrize("name", AGREE)
 def test_what_depends_on_the_split_still_agrees_on_all_processes(both, name):
     _, ranks, _ = both
     learned = {key for key in ranks[0][name] if "running" not in key}  # statistics are each process's own
@@ -91,7 +95,7 @@ def test_metrics_are_exact_on_the_same_weights(tmp_path, both):
 
 
 def test_sharded_strategies_are_refused_at_setup(network, clean_digits, trainer):
-    module, runner = NBA(network), trainer()
+    module, runner = NBA(network, teacher=drifted(network)), trainer()
     runner.strategy.__class__ = type("Sharded", (FSDPStrategy,), {})
     module._trainer = runner
     with pytest.raises(ValueError, match="keeps the whole network on each process, such as `ddp`, for NBA"):

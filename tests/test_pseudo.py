@@ -1,9 +1,13 @@
 import itertools
+import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from nba_lightning.callbacks import PseudoSampleRegeneration
 from nba_lightning.core.modes import evaluating
 from nba_lightning.core.randomness import generator_for
 from nba_lightning.pseudo import (
@@ -13,6 +17,7 @@ from nba_lightning.pseudo import (
     UniversalPerturbations,
 )
 from nba_lightning.pseudo.base import project
+from tests.reference import knowledge_forms as reference
 
 
 @pytest.fixture
@@ -38,6 +43,124 @@ def test_projection_bounds_the_root_mean_square_and_leaves_small_ones():
     size = projected.flatten(1).square().mean(1).sqrt()
     torch.testing.assert_close(size[1:], torch.tensor([0.1, 0.1]))
     torch.testing.assert_close(projected[0], perturbations[0])
+
+
+def test_the_default_disagreement_is_the_teacher_s_divergence_from_the_student():
+    """KL(T || S): large where the student gives no chance to what the teacher says, not the other way round."""
+    student, teacher = torch.randn(6, 4), 3 * torch.randn(6, 4)
+    for kind in (UniversalPerturbations(), SamplePerturbations()):
+        found = kind.disagreement(student, teacher)
+        np.testing.assert_allclose(found, reference.kl_divergence(teacher.numpy(), student.numpy()), rtol=1e-4)
+    opposite = reference.kl_divergence(student.numpy(), teacher.numpy())
+    assert not np.allclose(found, opposite, rtol=0.1)
+    sure, unsure = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    assert float(KLDisagreement()(unsure, sure)) == pytest.approx(math.log(2), abs=1e-2)  # the teacher is sure
+    assert float(KLDisagreement()(sure, unsure)) > 3.0
+
+
+def crafted_by_hand(networks, images, perturbations, owner, rms, steps):
+    """Steps along the normalised gradient of KL(T || S), one perturbation at a time, on one batch for each step."""
+    student, teacher = networks
+    for batch in images:
+        leaf = perturbations.clone().requires_grad_()
+        inputs = torch.stack([(one + leaf[k]).clip(0, 1) for one, k in zip(batch, owner, strict=True)])
+        p, q = teacher(inputs).softmax(dim=1), student(inputs).softmax(dim=1)
+        slope = torch.autograd.grad((p * (p / q).log()).sum(), leaf)[0]
+        for k in range(len(perturbations)):
+            length = 2.5 * rms * math.sqrt(batch[0].numel()) / steps
+            moved = perturbations[k] + length * slope[k] / (slope[k] ** 2).sum().sqrt()
+            size = float((moved**2).mean().sqrt())
+            perturbations[k] = moved * min(1.0, rms / size)
+    return perturbations
+
+
+def test_a_bank_is_the_ascent_by_hand_on_another_batch_in_each_step(networks):
+    given = [next(batches()) for _ in range(3)]
+    kind = UniversalPerturbations(2, rms=0.1, steps=3)
+    kind.regenerate(*networks, iter(given), generator_for(0))
+    start = torch.randn(2, 3, 4, 4, generator=generator_for(0))
+    start = start * torch.stack([0.01 / (one**2).mean().sqrt() for one in start]).view(2, 1, 1, 1)
+    owner = [i % 2 for i in range(12)]
+    torch.testing.assert_close(kind.bank, crafted_by_hand(networks, given, start, owner, 0.1, 3))
+
+
+def test_the_bank_s_gradients_are_those_of_all_processes(networks):
+    kind, seen = UniversalPerturbations(2, rms=0.1, steps=3), []
+    kind.regenerate(
+        *networks, batches(), generator_for(0), lambda tensor: seen.append(tensor) or torch.zeros_like(tensor)
+    )
+    assert len(seen) == 3
+    torch.testing.assert_close(kind.bank.square().mean().sqrt(), torch.tensor(0.01))  # no step was made
+
+
+def test_perturbations_of_samples_are_the_ascent_by_hand(networks):
+    images = next(batches())
+    start = torch.randn(images.shape, generator=generator_for(1))
+    start = start * torch.stack([0.02 / (one**2).mean().sqrt() for one in start]).view(12, 1, 1, 1)
+    wanted = crafted_by_hand(networks, [images] * 3, start, range(12), 0.2, 3)
+    found = SamplePerturbations(rms=0.2, steps=3)(images, *networks, generator_for(1))
+    torch.testing.assert_close(found, wanted)
+
+
+class Noting(nn.Sequential):
+    """A network that notes its mode and its inputs."""
+
+    def forward(self, images):
+        self.__dict__.setdefault("seen", []).append((self.training, images.detach().clone()))
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("kind", [UniversalPerturbations(3, rms=0.9, steps=4), SamplePerturbations(rms=0.9, steps=4)])
+def test_crafting_asks_both_networks_in_eval_mode_about_the_same_images_in_range(kind):
+    student, teacher = (Noting(nn.Flatten(), nn.Linear(48, 5), nn.Dropout(0.5)).train() for _ in range(2))
+    kind.regenerate(student, teacher, batches(), generator_for(0))
+    kind(next(batches()), student, teacher, generator_for(1))
+    assert student.training
+    assert teacher.training
+    assert len(student.seen) == len(teacher.seen) == 4
+    for (mode, mine), (other, theirs) in zip(student.seen, teacher.seen, strict=True):
+        assert not mode
+        assert not other
+        assert torch.equal(mine, theirs)
+        assert 0.0 <= float(mine.min()) <= float(mine.max()) <= 1.0
+    assert float(mine.max()) == 1.0  # so far out that the clamp has work to do
+    assert all(parameter.grad is None for parameter in (*student.parameters(), *teacher.parameters()))
+
+
+def test_a_bank_goes_through_a_sequence_of_batches_again_and_again(networks):
+    given, seen = [next(batches()) for _ in range(2)], []
+    kind = UniversalPerturbations(1, steps=5)
+    gradients = kind._gradients
+    kind._gradients = lambda student, teacher, images, *args: (
+        seen.append(images) or gradients(student, teacher, images, *args)
+    )
+    kind.regenerate(*networks, given, generator_for(0))
+    assert [next(i for i, one in enumerate(given) if one is images) for images in seen] == [0, 1, 0, 1, 0]
+
+
+def test_every_perturbation_of_a_bank_is_drawn_for_single_images_by_the_generator():
+    kind = UniversalPerturbations(3)
+    kind.bank = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 4, 4)
+    found = kind(torch.zeros(300, 3, 4, 4), generator=generator_for(0))
+    assert (found == found[:, :1, :1, :1]).all()
+    counts = found[:, 0, 0, 0].long().bincount(minlength=3).tolist()
+    assert all(70 <= count <= 130 for count in counts)  # 100 each, at most 4 deviations off
+    assert torch.equal(found, kind(torch.zeros(300, 3, 4, 4), generator=generator_for(0)))
+    assert not torch.equal(found, kind(torch.zeros(300, 3, 4, 4), generator=generator_for(1)))
+
+
+@pytest.mark.parametrize(("every", "due"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), (0, [0])])
+def test_pseudo_samples_are_regenerated_before_the_first_step_of_every_so_many_epochs(every, due):
+    callback, calls = PseudoSampleRegeneration(every), []
+    module = SimpleNamespace(regenerate=lambda: calls.append((epoch, index)))
+    for epoch in range(5):
+        if epoch == 3:  # the fit was resumed
+            state = callback.state_dict()
+            callback = PseudoSampleRegeneration(every)
+            callback.load_state_dict(state)
+        for index in range(3):
+            callback.on_train_batch_start(None, module, None, index)
+    assert calls == [(epoch, 0) for epoch in due]
 
 
 @pytest.mark.parametrize("kind", [UniversalPerturbations(3, rms=0.1, steps=8), SamplePerturbations(rms=0.1, steps=8)])

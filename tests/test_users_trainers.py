@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from nba_lightning import ANP, IBAU, NAD, NBA, SAU, Classifier, FinePruning, FineTuning
 from nba_lightning.behaviors import SampleSimilarity
 from nba_lightning.callbacks import CleanedWeights, PseudoSampleRegeneration
-from nba_lightning.defenses.nba import Weights
+from nba_lightning.defenses.nba import Terms
 from nba_lightning.io.weights import save_weights
 from nba_lightning.networks import SmallCNN
 from nba_lightning.pseudo import UniversalPerturbations
@@ -77,7 +77,6 @@ def test_a_fit_without_an_end_needs_a_schedule(network, trainer):
 
     class Stop(pl.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            assert pl_module.learns_labels
             trainer.should_stop = trainer.current_epoch == 2
 
     constant = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)  # noqa: E731
@@ -265,10 +264,8 @@ def test_validation_sees_what_anp_would_prune_now(network, trainer):
 
 
 def test_a_network_that_nothing_asks_is_not_kept(network):
-    labels, answers = Weights(cross_entropy=2.0), Weights(distillation=4.0)
-    assert NBA(network, labelled=labels, labelled_share=1).suspicious is None
-    assert NBA(network, labelled=labels, labelled_share=0).suspicious is not None  # mixed images ask it
-    assert NBA(network, labelled=answers, labelled_share=1).suspicious is not None
+    assert NBA(network, terms=Terms(teacher=1.0)).suspicious is None
+    assert NBA(network, terms=Terms(suspicious=1.0)).suspicious is not None
 
 
 def test_no_option_of_a_defence_is_one_that_it_cannot_have():

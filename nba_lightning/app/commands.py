@@ -13,6 +13,8 @@ class Command(NamedTuple):
     help: str
     prepare: str | None = None
     """Where the function is that changes the arguments before they are parsed, if there is one."""
+    positional: bool = False
+    """Whether arguments without a default are given without their names."""
 
 
 COMMANDS = {
@@ -27,6 +29,7 @@ COMMANDS = {
         "nba_lightning.app.owner:prepare",
     ),
     "demo": Command("nba_lightning.app.demo:demo", "Poison and clean a small network on real digits."),
+    "report": Command("nba_lightning.app.report:report", "Write a cleaning's report.html anew.", positional=True),
 }
 
 
@@ -36,7 +39,7 @@ def add_commands(parser: LightningArgumentParser, chosen: str | None) -> None:
     for name, command in COMMANDS.items():
         own = type(parser)(description=command.help)
         if name == chosen:
-            own.add_function_arguments(resolve_name(command.function))
+            own.add_function_arguments(resolve_name(command.function), as_positional=command.positional)
         parser._subcommands_action.add_subcommand(name, own, help=command.help)
 
 

@@ -29,12 +29,11 @@ from nba_lightning.core.features import features
 from nba_lightning.core.functional import attention_map, defense_effectiveness_rating
 from nba_lightning.core.randomness import generator_for
 from nba_lightning.data import BackdoorDataModule, Digits
-from nba_lightning.defenses.nba import Weights
 from nba_lightning.networks import SmallCNN
-from nba_lightning.pseudo import UniversalPerturbations
+from nba_lightning.pseudo import TriggerFamilies
 
 _ATTACKS: dict[str, type[Attack]] = {"badnets": BadNets, "blended": Blended}
-_IMPLANT_EPOCHS, _TEACHER_EPOCHS, _STUDENT_EPOCHS = 20, 30, 60
+_IMPLANT_EPOCHS, _TEACHER_EPOCHS, _STUDENT_EPOCHS, _LR = 20, 40, 40, 0.05
 
 
 def demo(output: str = "nba-demo", seed: int = 0, attack: Literal["badnets", "blended"] = "badnets") -> None:
@@ -57,10 +56,10 @@ def demo(output: str = "nba-demo", seed: int = 0, attack: Literal["badnets", "bl
         _fit(backdoored, data, _IMPLANT_EPOCHS, links / "implant", watches[0])
         console.rule("2/4  The owner, who knows neither trigger nor target, fine-tunes a copy of it: the teacher")
         clean_data = _data(_ATTACKS[attack](), "clean", seed)
-        teacher = FineTuning(copy.deepcopy(backdoored.model), seed=seed)
+        teacher = FineTuning(copy.deepcopy(backdoored.model), pseudo=TriggerFamilies(), lr=_LR, seed=seed)
         _fit(teacher, clean_data, _TEACHER_EPOCHS, links / "teacher", watches[1])
         console.rule("3/4  The owner aligns the network with the teacher")
-        nba = _nba(backdoored.model, teacher, seed)
+        nba = NBA(copy.deepcopy(backdoored.model), teacher=teacher, lr=_LR, seed=seed)
         to = CleanedWeights(str(folder / "cleaned.safetensors"))
         _fit(nba, clean_data, _STUDENT_EPOCHS, links / "student", watches[2], to)
         console.rule("4/4  Test")
@@ -72,18 +71,6 @@ def demo(output: str = "nba-demo", seed: int = 0, attack: Literal["badnets", "bl
     (folder / "results.json").write_text(json.dumps([row | provenance for row in rows], indent=1) + "\n")
     console.print(_table(rows, attack))
     console.print(f"{seconds:.0f} seconds. Figures, results.json and cleaned.safetensors are in {folder}/")
-
-
-def _nba(suspicious: nn.Module, teacher: FineTuning, seed: int) -> NBA:
-    return NBA(
-        copy.deepcopy(suspicious),
-        teacher=teacher,
-        lr=0.05,
-        labelled=Weights(cross_entropy=2.0, distillation=1.0, alignment=1.0),
-        mixed=Weights(distillation=4.0, alignment=1.0),
-        seed=seed,
-        pseudo=UniversalPerturbations(number=4, rms=0.3),
-    )
 
 
 def _fit(module: Classifier, data: BackdoorDataModule, epochs: int, folder: Path, *callbacks: Callback) -> None:

@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
+from nba_lightning.app.commands import COMMANDS
 from nba_lightning.app.outline import innermost
 from nba_lightning.app.suggestions import meant
 from nba_lightning.callbacks import NonFiniteLossError
@@ -73,7 +74,11 @@ def _usage(error: UsageError) -> str:
     if match := re.match(r'expected "subcommand" to be one of \{(.*)\}', message):
         return f"Expected one of {match[1].replace(',', ', ')} first; `nba-lightning --help` says what they do."
     if match := re.match(r"the following arguments are required: (.*)", message):
-        missing = " and ".join(f"`--{name.split('.', 1)[-1]}`" for name in match[1].split(", "))
+        command, names = match[1].split(".")[0], [name.split(".", 1)[-1] for name in match[1].split(", ")]
+        own = COMMANDS.get(command)
+        missing = " and ".join(f"`{name}`" if own is not None and own.positional else f"`--{name}`" for name in names)
+        if own is not None:
+            return f"Expected {missing}; `nba-lightning {command} --help` says what is meant."
         return f"Expected {missing}, or a `--config` that gives it, such as `--config digits --config nba`."
     return innermost(message)
 

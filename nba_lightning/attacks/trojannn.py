@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from nba_lightning.attacks.base import TrainingImages
 from nba_lightning.attacks.surrogate import SurrogateAttack, input_gradient
 from nba_lightning.core.checks import check_at_least, check_range, expected
-from nba_lightning.core.features import features, resolve_layers
+from nba_lightning.core.features import features
+from nba_lightning.core.layers import resolve_layers
 from nba_lightning.core.randomness import generator_for
 
 

@@ -54,12 +54,11 @@ class CutMix(nn.Module):
 
     The box covers a uniform share of the image, before the part that sticks out is cut off. Source: Yun et al.,
     "CutMix: regularization strategy to train strong classifiers with localizable features", ICCV 2019
-    (arXiv 1905.04899), section 3.1, there with one share and one box for a batch. Images alone are mixed, for a use
-    that asks another network about them instead of mixing labels.
+    (arXiv 1905.04899), section 3.1, there with one share and one box for a batch.
     """
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Mix a batch.
+        """Mix images alone, for a use that asks another network about them instead of mixing labels.
 
         Args:
             images: `(B, C, H, W)`, float.
@@ -68,6 +67,11 @@ class CutMix(nn.Module):
         Returns:
             `(B, C, H, W)`.
         """
+        box, partners = self.boxes(images, generator)
+        return torch.where(box, images[partners], images)
+
+    def boxes(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Which pixels come from a partner, `(B, 1, H, W)` bool, and who it is, `(B,)`; arguments as above."""
         check_image_batch("images", images)
         batch, _, height, width = images.shape
         device = images.device
@@ -78,5 +82,4 @@ class CutMix(nn.Module):
             ((torch.arange(size, device=device) + 0.5) / size - centre).abs() < half
             for size, centre in zip((height, width), centres, strict=True)
         )
-        box = rows[:, None, :, None] & columns[:, None, None, :]
-        return torch.where(box, images[partners], images)
+        return rows[:, None, :, None] & columns[:, None, None, :], partners

@@ -7,8 +7,6 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from nba_lightning.core.checks import first_few
-
 _OVERWRITTEN: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
 """Whether what follows a layer writes into its output in place, as passes in `eval` and training mode showed."""
 
@@ -33,46 +31,6 @@ def logits_of(output: Any) -> Tensor:
 def predict(network: nn.Module, images: Tensor) -> Tensor:
     """Logits `(B, K)` of any image classifier, for images `(B, C, H, W)` in [0, 1]."""
     return logits_of(network(images))
-
-
-def layer_names(model: nn.Module) -> list[str]:
-    """Names of all layers of ``model`` whose features can be captured, as module paths."""
-    return [name for name, _ in model.named_modules() if name]
-
-
-def resolve_layers(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
-    """Check layer names, or take the network's own default.
-
-    Args:
-        model: any network.
-        layers: module paths such as ``["layer2", "layer3.1"]``; ``None`` takes the attribute ``feature_layers`` that
-            every network of :mod:`nba_lightning.networks` has.
-
-    Returns:
-        The names.
-
-    Raises:
-        ValueError: if a name is unknown or there is no default; the message lists the available names.
-    """
-    available = layer_names(model)
-    if layers is None:
-        layers = getattr(model, "feature_layers", None)
-        if layers is None:
-            raise ValueError(
-                f"Expected `layers` to name the layers to observe, since {type(model).__name__} has no default, "
-                f"but got None. Available: {first_few(available, 40)}."
-            )
-    if not layers:
-        raise ValueError(
-            f"Expected `layers` to name at least one layer, but got none. Available: {first_few(available, 40)}."
-        )
-    unknown = [name for name in layers if name not in available]
-    if unknown:
-        raise ValueError(
-            f"Expected `layers` to be names of layers of {type(model).__name__}, but got {first_few(unknown)}. "
-            f"Available: {first_few(available, 40)}."
-        )
-    return list(layers)
 
 
 class Captured(dict[str, Tensor]):

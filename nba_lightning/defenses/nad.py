@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nba_lightning.core.checks import check_at_least, expected
-from nba_lightning.core.features import features, resolve_layers
+from nba_lightning.core.features import features
 from nba_lightning.core.functional import attention_map
+from nba_lightning.core.layers import resolve_layers
 from nba_lightning.training.distillation import Distillation
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,83 +13,88 @@ from nba_lightning.behaviors.base import Behavior, alignment_loss
 from nba_lightning.behaviors.gram import ChannelGram
 from nba_lightning.callbacks.given import unless_given
 from nba_lightning.callbacks.pseudo_samples import PseudoSampleRegeneration
-from nba_lightning.core.augmentation import CutMix, RandomCropFlip
-from nba_lightning.core.checks import check_at_least, check_choice, check_range, expected
-from nba_lightning.core.features import features, resolve_layers
+from nba_lightning.core.augmentation import CutMix
+from nba_lightning.core.checks import check_at_least, check_range, expected
+from nba_lightning.core.features import features
 from nba_lightning.core.functional import kl_divergence
+from nba_lightning.core.layers import resolve_layers
 from nba_lightning.core.modes import Frozen
 from nba_lightning.core.randomness import generator_for
 from nba_lightning.io.batches import clean_batches
-from nba_lightning.pseudo import PseudoSamples, UniversalPerturbations
+from nba_lightning.pseudo import PseudoSamples, TriggerFamilies
 from nba_lightning.training.distillation import Distillation
-
-AlignWith = Literal["suspicious", "teacher"]
+from nba_lightning.training.verification import Verification
 
 
 @dataclass
-class Weights:
-    """Weights of the terms in one part of the fit; a term whose weight is 0 is not computed.
+class Terms:
+    """Weights of the terms of NBA's loss; a term whose weight is 0 is not computed.
 
     Args:
-        cross_entropy: weight mu of the cross-entropy with the labels.
-        distillation: weight beta of the divergence from the answers on the unperturbed images.
-        alignment: weight lambda of the alignment of behaviours.
+        cross_entropy: of the labels, on images that are not mixed.
+        teacher: of the divergence from the teacher's answers.
+        suspicious: of the divergence from the suspicious network's answers, which are verified when the fit ends.
+        alignment: of the alignment of behaviours with the teacher's.
 
     Raises:
         ValueError: for a negative weight, or none that is positive.
     """
 
     cross_entropy: float = 0.0
-    distillation: float = 0.0
+    teacher: float = 0.0
+    suspicious: float = 0.0
     alignment: float = 0.0
 
     def __post_init__(self) -> None:
         for name, weight in asdict(self).items():
             check_at_least(name, weight, 0.0)
         if not any(asdict(self).values()):
-            raise expected("weights of a phase", "positive for at least one term", asdict(self))
+            raise expected("terms", "positive for at least one term", asdict(self))
 
 
 class NBA(Distillation):
-    r"""Remove a backdoor by aligning the student's behaviour on pseudo samples with benign behaviour.
+    r"""Remove a backdoor by aligning the student's behaviour on pseudo samples with the teacher's benign behaviour.
 
-    In the first ``labelled_share`` of its epochs the student S minimises, with the weights of ``labelled``,
+    The student S starts from the teacher T, a copy of the suspicious network S_0 that was cleaned at the cost of some
+    accuracy, and minimises
 
     .. math::
-        \mu\, CE(S(x + d), y) + \beta\, KL(S_0(x) \| S(x + d)) + \lambda\, \textrm{mean}_l
-        \| \phi(f_l(S, x + d)) - \phi(f_l(S_0, x)) \|^2
+        \mu\, CE(S(z), y) + \beta_T\, KL(T(x) \| S(z)) + \beta_0\, KL(S_0(x) \| S(z)) + \lambda\, \textrm{mean}_l
+        \| \phi(f_l(S, z)) - \phi(f_l(T, x)) \|^2
 
-    and in the others the same on mixed images m without labels, with the weights of ``mixed``. x are clean images as
-    the loader augments them; d perturbations that make S disagree with the teacher T, on a share of each batch and 0 on
-    the rest; phi the knowledge form; and S_0 the suspicious network as it came. ``align_with="teacher"`` puts T in the
-    place of S_0 in the last term.
+    x are clean images as the loader augments them, a share of them mixed by CutMix; z the same images, a share of them
+    as pseudo samples; phi the knowledge form. So whatever a pseudo sample carries, the student should behave as on the
+    image without it. S_0's answers bring back what the teacher forgot, and may bring back the backdoor: what was
+    learned from them is verified when the fit ends (:class:`~nba_lightning.training.verification.Verification`), and
+    the student keeps no more of it than passes. A fit that is ended early is not verified, and keeps nothing of it.
 
     Source: the three elements are those of Ying & Wu, "NBA: defensive distillation for backdoor removal via neural
     behavior alignment", Cybersecurity 6:20, 2023 (arXiv 2406.10846), abstract; the equations are ours.
 
     Args:
-        model: the suspicious network, the student.
+        model: the suspicious network.
         weights: a file with its suspicious weights; ``None`` if ``model`` has them already.
-        teacher: the teacher, of the student's layers: a network, or the defence that made it.
-        teacher_weights: a file with the weights of a teacher of the student's architecture, instead of ``teacher``.
-        layers: module paths of the observed layers; ``None`` takes the network's own default.
+        teacher: the teacher, of the same architecture: a network, or the defence that made it.
+        teacher_weights: a file with the teacher's weights, instead of ``teacher``.
+        layers: module paths of the observed layers; ``None`` takes :func:`nba_lightning.core.layers.default_layers`.
         behavior: the knowledge form phi; channel Gram matrices by default.
-        pseudo: how pseudo samples are crafted; one universal perturbation by default.
-        pseudo_share: share of each batch that is perturbed; 0 crafts none.
-        labelled: weights of the terms in the epochs with labels.
-        labelled_share: share of the epochs with labels.
-        mixed: weights of the terms in the epochs with mixed images, which have no labels.
+        pseudo: how pseudo samples are made; synthetic triggers of many families by default.
+        pseudo_share: share of each batch that are pseudo samples; 0 makes none.
+        terms: weights of the terms.
+        mixed_share: share of the images that are mixed, in [0, 1].
         mixing: how images are mixed; CutMix by default.
-        align_with: whose behaviour is the benign one, ``"suspicious"`` or ``"teacher"``.
-        jitter: random shift and flip of the perturbations; ``None`` leaves them in place.
+        verification: how what was learned from the suspicious network is verified.
         regenerate_every_n_epochs: see :class:`~nba_lightning.callbacks.PseudoSampleRegeneration`.
         lr: initial learning rate.
         **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
 
     Raises:
-        ValueError: for a negative weight, a share outside [0, 1], epochs without any term, an unknown layer, too few
-            layers for the knowledge form, weights that do not fit; at the ``setup`` of a fit if no teacher was given.
+        ValueError: for a negative weight, a share outside [0, 1], an unknown layer, too few layers for the knowledge
+            form, weights that do not fit; at the ``setup`` of a fit if no teacher was given, or one of another
+            architecture.
     """
+
+    accepted: Tensor
 
     def __init__(
         self,
@@ -101,50 +106,43 @@ class NBA(Distillation):
         behavior: Behavior | None = None,
         pseudo: PseudoSamples | None = None,
         pseudo_share: float = 0.5,
-        labelled: Weights = Weights(cross_entropy=2.0, distillation=4.0, alignment=1.0),  # noqa: B008
-        labelled_share: float = 0.35,
-        mixed: Weights = Weights(distillation=8.0, alignment=1.0),  # noqa: B008
+        terms: Terms = Terms(suspicious=2.0, alignment=1.0),  # noqa: B008
+        mixed_share: float = 1.0,
         mixing: CutMix | None = None,
-        align_with: AlignWith = "suspicious",
-        jitter: RandomCropFlip | None = None,
+        verification: Verification | None = None,
         regenerate_every_n_epochs: int = 1,
         lr: float = 0.02,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, weights, teacher, teacher_weights, lr=lr, **kwargs)
         check_range("pseudo_share", pseudo_share, 0.0, 1.0)
-        check_range("labelled_share", labelled_share, 0.0, 1.0)
-        check_choice("align_with", align_with, get_args(AlignWith))
-        if mixed.cross_entropy:
-            raise expected("mixed", "without `cross_entropy`, since mixed images have no labels", mixed)
-        self.labelled, self.labelled_share, self.mixed = labelled, labelled_share, mixed
-        self.mixing, self.align_with, self.pseudo_share = mixing or CutMix(), align_with, pseudo_share
-        self.behavior, self.pseudo = behavior or ChannelGram(), pseudo or UniversalPerturbations()
-        self.jitter, self.regenerate_every_n_epochs = jitter, regenerate_every_n_epochs
-        aligns = any(phase.alignment for phase in self._phases())
-        self.layers = resolve_layers(model, layers) if aligns else []
-        if aligns and len(self.layers) < self.behavior.min_layers:
+        check_range("mixed_share", mixed_share, 0.0, 1.0)
+        if terms.cross_entropy and mixed_share == 1:
+            raise expected(
+                "mixed_share", "below 1 where `cross_entropy` is on: mixed images have no label", mixed_share
+            )
+        self.terms, self.pseudo_share, self.mixed_share = terms, pseudo_share, mixed_share
+        self.behavior, self.pseudo, self.mixing = (
+            behavior or ChannelGram(),
+            pseudo or TriggerFamilies(),
+            mixing or CutMix(),
+        )
+        self.verification = verification or Verification()
+        self.regenerate_every_n_epochs = regenerate_every_n_epochs
+        self.layers = resolve_layers(model, layers) if terms.alignment else []
+        if terms.alignment and len(self.layers) < self.behavior.min_layers:
             raise expected("layers", f"at least {self.behavior.min_layers} for {type(self.behavior).__name__}", layers)
-        if aligns and align_with == "teacher" and self.teacher is not None:
-            resolve_layers(self.teacher.network, self.layers)
-        asked = any(phase.distillation or (phase.alignment and align_with == "suspicious") for phase in self._phases())
-        self.suspicious = Frozen(model) if asked else None
+        self.suspicious = Frozen(model) if terms.suspicious else None
+        self.register_buffer("accepted", torch.tensor(float("nan")))
 
-    def _phases(self) -> list[Weights]:
-        return [self.labelled] * (self.labelled_share > 0) + [self.mixed] * (self.labelled_share < 1)
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether crafting or aligning asks the teacher."""
-        return self.pseudo_share > 0 or (bool(self.layers) and self.align_with == "teacher")
-
-    @property
-    def learns_labels(self) -> bool:
-        """Whether this epoch is one with labels; all are in a fit without a last epoch."""
-        epochs = self.trainer.max_epochs
-        if epochs is None or epochs < 0:
-            return self.labelled_share > 0
-        return self.trainer.current_epoch < round(self.labelled_share * epochs)
+    def setup(self, stage: str) -> None:
+        """As usual; a fit begins with the teacher's weights."""
+        super().setup(stage)
+        if stage == "fit" and torch.isnan(self.accepted):
+            own, other = self.model.state_dict(), self.teacher_network().state_dict()
+            if {name: value.shape for name, value in own.items()} != {n: v.shape for n, v in other.items()}:
+                raise expected("teacher", "of the student's architecture", type(self.teacher_network()).__name__)
+            self.model.load_state_dict(other)
 
     def configure_callbacks(self) -> list[Callback]:
         """Regenerate the pseudo samples, if there are any."""
@@ -154,7 +152,7 @@ class NBA(Distillation):
         return [*inherited, *unless_given(self._trainer, PseudoSampleRegeneration(self.regenerate_every_n_epochs))]
 
     def regenerate(self) -> None:
-        """Craft against the current student; see :class:`~nba_lightning.pseudo.PseudoSamples`."""
+        """Make pseudo samples for the current student; see :class:`~nba_lightning.pseudo.PseudoSamples`."""
         generator = generator_for(self.seed, 4, self.trainer.current_epoch, device=self.device)
         batches = (batch.images for batch in clean_batches(self.trainer))
         with self.trainer.precision_plugin.forward_context():
@@ -165,49 +163,68 @@ class NBA(Distillation):
         return self.layers
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The terms of this epoch whose weight is not 0."""
+        """The terms whose weight is not 0."""
         images, labels = self.unpack(batch, batch_idx)
         generator = generator_for(
             self.seed, 5, self.trainer.global_rank, self.trainer.current_epoch, batch_idx, device=images.device
         )
-        phase = self.labelled if self.learns_labels else self.mixed
-        if phase is self.mixed:
-            images = self.mixing(images, generator)
-        answers, benign = self._benign(images, phase)
-        layers = self.layers if phase.alignment else []
-        logits, observed = features(self.model, self._perturbed(images, generator), layers)
-        terms: dict[str, Tensor] = {}
-        if phase is self.labelled:
-            self.log("train/acc", (logits.detach().argmax(dim=1) == labels).float().mean(), prog_bar=True)
-        if phase.cross_entropy:
-            terms["ce"] = phase.cross_entropy * F.cross_entropy(logits, labels)
-        if phase.distillation:
-            assert answers is not None
-            terms["kl"] = phase.distillation * kl_divergence(answers, logits).mean()
-        if phase.alignment:
-            terms["alignment"] = phase.alignment * alignment_loss(self.behavior(observed), benign)
+        mixed = round(self.mixed_share * len(images))
+        # The last images are mixed and the first are pseudo samples; loaders shuffle, so these are drawn at random.
+        plain = len(images) - mixed
+        images = torch.cat([images[:plain], self.mixing(images, generator)[plain:]]) if mixed else images
+        logits, observed = features(self.model, self._perturbed(images, generator), self.layers)
+        terms = self._terms(images, labels[:plain], logits, observed)
         loss = torch.stack(list(terms.values())).sum()
         self.log_dict({f"train/{name}": value for name, value in terms.items()})
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    @torch.no_grad()
-    def _benign(self, images: Tensor, phase: Weights) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """What the images should give: the suspicious network's answers, and the behaviours to align with."""
-        answers, observed, own = None, dict[str, Tensor](), self.align_with == "suspicious"
-        layers = self.layers if phase.alignment else []
-        if self.suspicious is not None and (phase.distillation or (layers and own)):
-            answers, observed = features(self.suspicious.network, images, layers if own else [])
-        if layers and not own:
-            observed = features(self.teacher_network(), images, layers)[1]
-        return answers, self.behavior(observed) if layers else {}
+    def _terms(self, images: Tensor, labels: Tensor, logits: Tensor, observed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each term times its weight, for the student's logits and features on pseudo samples of ``images``."""
+        weights, found = self.terms, dict[str, Tensor]()
+        if weights.cross_entropy and len(labels):
+            found["cross_entropy"] = weights.cross_entropy * F.cross_entropy(logits[: len(labels)], labels)
+        with torch.no_grad():
+            benign, wanted = None, dict[str, Tensor]()
+            if weights.teacher or weights.alignment:
+                benign, wanted = features(self.teacher_network(), images, self.layers)
+            known = None if self.suspicious is None else features(self.suspicious.network, images, [])[0]
+        if weights.teacher and benign is not None:
+            found["teacher"] = weights.teacher * kl_divergence(benign, logits).mean()
+        if known is not None:
+            found["suspicious"] = weights.suspicious * kl_divergence(known, logits).mean()
+        if weights.alignment:
+            apart = alignment_loss(self.behavior(observed), self.behavior(wanted))
+            found["alignment"] = weights.alignment * apart
+        return found
 
     def _perturbed(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """The batch, its first ``pseudo_share`` as pseudo samples; loaders shuffle, so these are drawn at random."""
+        """The batch `(B, C, H, W)`, its first ``pseudo_share`` as pseudo samples."""
         number = round(self.pseudo_share * len(images))
         if number == 0:
             return images
         perturbations = self.pseudo(images[:number], self.model, self.teacher_network(), generator)
-        if self.jitter is not None:
-            perturbations = self.jitter(perturbations, generator)
         return torch.cat([(images[:number] + perturbations).clamp(0.0, 1.0), images[number:]]).to(images.dtype)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """As usual; and verify with the last step, before any checkpoint is written."""
+        super().optimizer_step(*args, **kwargs)
+        if self.trainer.global_step + 1 == self.trainer.estimated_stepping_batches:  # counted when this has returned
+            self._verify()
+
+    def on_train_end(self) -> None:
+        """A fit that ended early keeps nothing that was not verified."""
+        if torch.isnan(self.accepted) and self.suspicious is not None:
+            self._verify()
+
+    def _verify(self) -> None:
+        """Keep as much of what was learned as passes."""
+        if self.suspicious is None:
+            return
+        batches = (batch.images for batch in clean_batches(self.trainer))
+        generator = generator_for(self.seed, 8, device=self.device)
+        with self.trainer.precision_plugin.forward_context():
+            share = self.verification.keep(
+                self.model, self.teacher_network(), self.suspicious.network, batches, generator, self.reduce
+            )
+        self.accepted.fill_(share)

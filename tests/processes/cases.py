@@ -1,6 +1,6 @@
 """What one process of several does; torchrun starts it, and the tests call it in one process to compare.
 
-torchrun --standalone --nproc-per-node 2 -m tests.processes.cases FOLDER
+torchrun --standalone --nproc-per-node 2 -m tests.processes.cases FOLDER NAME...
 """
 
 import logging
@@ -27,8 +27,10 @@ from nba_lightning import (
     InputAwareTraining,
 )
 from nba_lightning.attacks import LC, BadNets, InputAware, TrojanNN
+from nba_lightning.defenses.nba import Terms
 from nba_lightning.networks import SmallCNN
 from nba_lightning.pseudo import UniversalPerturbations
+from tests.helpers import lively
 
 GLOBAL_BATCH = 24
 
@@ -58,8 +60,21 @@ def teacher():
     return NoStatistics()
 
 
+def resting():
+    """A network whose BatchNorm layers rest in ``eval`` mode, and so do not depend on the batch either."""
+    found = lively(network(SmallCNN))
+    for norm in (module for module in found.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.eval()
+    return found
+
+
+TERMS = Terms(cross_entropy=1.0, teacher=1.0, alignment=1.0)
+
+
 def nba():
-    return NBA(network(), teacher=teacher(), pseudo=UniversalPerturbations(rms=0.2, steps=3))
+    """All images are pseudo samples, none is mixed: which ones are depends on the split otherwise."""
+    pseudo = UniversalPerturbations(rms=0.2, steps=3)
+    return NBA(network(), teacher=teacher(), pseudo=pseudo, pseudo_share=1.0, terms=TERMS, mixed_share=0.0)
 
 
 # Defences whose step on a global batch is the same however the batch is split.
@@ -68,7 +83,8 @@ SAME = {
     "fine_pruning": lambda: FinePruning(network(), max_drop=0.3),
     "nad": lambda: NAD(network(), teacher=teacher(), betas=[1.0, 1.0], lr=0.02),
     "nba": nba,
-    "ft_sam": lambda: FTSAM(network(), rho=0.5),
+    "ft_sam": lambda: FTSAM(network(), rho=20.0, lr=0.1),
+    "anp": lambda: ANP(resting(), steps=2),
     "sau": lambda: SAU(network(), lr=1e-3),
     "i_bau": lambda: IBAU(network(), portion=1.0, lr=1e-3),
 }
@@ -96,51 +112,69 @@ def data(world, attack=None, train_on="clean", **kwargs):
     )
 
 
-def run(folder, world):
+def run(folder, world, names):
     """Everything that must be the same on every process and for any number of them."""
     found = {}
-    for name, make in SAME.items():
-        module, loaded, runner = make(), data(world), trainer(Path(folder) / name, world)
+    for name in (name for name in SAME if name in names):
+        module, loaded, runner = SAME[name](), data(world), trainer(Path(folder) / name, world)
         runner.fit(module, loaded)
-        found[name] = module.model.state_dict()
+        learned = {key: value for key, value in module.state_dict().items() if key.startswith("masks.")}
+        found[name] = {**module.model.state_dict(), **learned}
         found[f"{name}/metrics"] = trainer(folder, world).test(module, loaded, verbose=False)
         if name == "nba":
             found["bank"], found["partition"] = module.pseudo.bank, vars(loaded.partition)
     return found
 
 
-def agree(folder, world):
+def agree(folder, world, names):
     """What must be the same on every process, but depends on how batches are split."""
-    found = {}
+    return {name: AGREE[name](folder, world) for name in AGREE if name in names}
+
+
+def input_aware(folder, world):
     joint = data(world, InputAware(width=8), "untriggered")
     joint.batch_size = 128
     module = InputAwareTraining(network(SmallCNN), mask_epochs=1)
     strategy = "ddp_find_unused_parameters_true" if world > 1 else "auto"
     trainer(folder, world, strategy=strategy).fit(module, joint)
-    found["input_aware"] = {**module.model.state_dict(), **joint.attack.pattern_network.state_dict()}
-    for name, attack in {
-        "trojannn": TrojanNN(network(SmallCNN).eval(), steps=3),
-        "lc": LC(network(SmallCNN).eval(), steps=2),
-    }.items():
+    return {**module.model.state_dict(), **joint.attack.pattern_network.state_dict()}
+
+
+def optimised(make):
+    """A trigger that is optimised before training."""
+
+    def fit(folder, world):
+        attack = make()
         poisoned = data(world, attack, "poisoned")
         poisoned.batch_size = 128
         classifier = Classifier(network(SmallCNN))
         trainer(folder, world, max_steps=3, max_epochs=-1).fit(classifier, poisoned)
         state = {key: value for key, value in attack.state_dict().items() if isinstance(value, torch.Tensor)}
-        found[name] = {**classifier.model.state_dict(), **state}
-    anp, loaded = ANP(network(SmallCNN)), data(world)
-    saver = ModelCheckpoint(Path(folder) / "ckpt", save_last=True)
-    trainer(folder, world, enable_checkpointing=True, callbacks=[saver]).fit(anp, loaded)
-    # The mask of a channel is trained on every process; running statistics are each process's own.
-    found["anp"] = {f"mask{i}": mask.detach() for i, mask in enumerate(anp.masks)}
-    return found
+        return {**classifier.model.state_dict(), **state}
+
+    return fit
+
+
+def anp_by_batch(folder, world):
+    """The mask of a channel is trained on every process; running statistics are each process's own."""
+    anp, saver = ANP(network(SmallCNN)), ModelCheckpoint(Path(folder) / "ckpt", save_last=True)
+    trainer(folder, world, enable_checkpointing=True, callbacks=[saver]).fit(anp, data(world))
+    return {f"mask{i}": mask.detach() for i, mask in enumerate(anp.masks)}
+
+
+AGREE = {
+    "input_aware": input_aware,
+    "trojannn": optimised(lambda: TrojanNN(network(SmallCNN).eval(), steps=3)),
+    "lc": optimised(lambda: LC(network(SmallCNN).eval(), steps=2)),
+    "anp_by_batch": anp_by_batch,
+}
 
 
 def main():
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    folder, world = Path(sys.argv[1]), 2
-    found = run(folder, world) | agree(folder / "agree", world)
+    folder, names, world = Path(sys.argv[1]), sys.argv[2:], 2
+    found = run(folder, world, names) | agree(folder / "agree", world, names)
     torch.save(found, folder / f"rank{torch.distributed.get_rank()}.pt")
 
 

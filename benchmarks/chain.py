@@ -1,0 +1,220 @@
+"""The fits of a defence: a teacher first where the method asks for one, then the student.
+
+Each fit is kept under ``--work`` by a key of its settings, images, seed and first weights, so what is there is not
+fitted again by the same code: teachers are shared, and a chain or a sweep of rates that was killed goes on where it
+stopped.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from common import build, config, merged
+from fitting import fit, fit_key
+from torch import nn
+
+import nba_lightning
+from nba_lightning import BackdoorDataModule, Defense
+from nba_lightning.callbacks.finite_loss import NonFiniteLossError
+from nba_lightning.core.features import predict
+from nba_lightning.core.modes import evaluating
+from nba_lightning.io.weights import load_weights, save_weights
+from nba_lightning.training.distillation import Distillation
+from nba_lightning.training.sweep import allowed_loss, keeps, strongest_rate
+
+TEACHER = "fine_tuning"
+FACTORS = tuple(10 ** (half / 2) for half in (2, 1, 0, -1, -2))
+"""Rates of a sweep, as multiples of the configuration's, the strongest first."""
+
+
+class Subject(NamedTuple):
+    """What is cleaned.
+
+    Attributes:
+        name: of the cell.
+        network: class path and arguments.
+        weights: file with the suspicious weights.
+        datamodule: the defender's images and the test set, after ``setup``.
+        seed: of the defence's own draws.
+    """
+
+    name: str
+    network: Any
+    weights: Path
+    datamodule: BackdoorDataModule
+    seed: int
+
+    @property
+    def images(self) -> int:
+        """How many clean images the defender trains on."""
+        return len(self.datamodule.partition.clean)
+
+    def loaded(self, weights: Path) -> nn.Module:
+        """A network with weights from a file."""
+        network: nn.Module = build(nn.Module, self.network).to(memory_format=torch.channels_last)
+        load_weights(network, weights)
+        return network
+
+
+@dataclass
+class Kept:
+    """Fits that have ended.
+
+    Attributes:
+        path: the weights; ``None`` where the fit broke off because its numbers became infinite.
+        passes, seconds, peak_memory_mib: what they cost together; see :class:`meter.Meter`.
+        sweeps: which rate was chosen and why, by defence.
+    """
+
+    path: str | None
+    passes: int = 0
+    seconds: float = 0.0
+    peak_memory_mib: float = 0.0
+    sweeps: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, other: "Kept") -> None:
+        self.passes += other.passes
+        self.seconds = round(self.seconds + other.seconds, 1)
+        self.peak_memory_mib = max(self.peak_memory_mib, other.peak_memory_mib)
+        self.sweeps |= other.sweeps
+
+
+@functools.cache
+def code() -> str:
+    """A hash of the package's source, since a fit of yesterday's code is no result of today's."""
+    found = hashlib.sha256()
+    for path in sorted(Path(nba_lightning.__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def needs_teacher(spec: Any, network: Any) -> bool:
+    """Whether a defence asks for a teacher that its configuration does not name."""
+    if "teacher_weights" in spec.get("init_args", {}):
+        return False
+    module = build(Defense, merged(spec, {"init_args": {"model": network}}))
+    return isinstance(module, Distillation) and module.needs_teacher
+
+
+def teacher_config(found: Any) -> Any:
+    """The teacher's fit, on the images of the defence whose configuration is ``found``."""
+    own = config("defense", TEACHER)
+    subset = {name: value for name, value in found["data"]["init_args"].items() if name != "batch_size"}
+    return merged(own, {"data": {"init_args": subset}})
+
+
+def settings_of(found: Any, images: int, network: Any) -> dict[str, Any]:
+    """What a result says of the settings, those of the teacher's fit among them."""
+    settings = _settings(found, images)
+    if needs_teacher(found["model"], network):
+        settings["teacher"] = _settings(teacher_config(found), images)
+    return settings
+
+
+def _settings(found: Any, images: int) -> dict[str, Any]:
+    subset = found["data"]["init_args"]
+    subset = subset | {"batch_size": min(subset["batch_size"], images)}  # a small set may have less than one batch
+    return {"epochs": found["trainer"]["max_epochs"], **found["model"], **subset}
+
+
+def clean(args: argparse.Namespace, found: Any, subject: Subject, sweep: bool = False) -> tuple[nn.Module, Kept]:
+    """Fit a defence, after its teacher if it needs one; the cleaned network, and what all fits cost.
+
+    Args:
+        args: what :func:`common.parser` gives.
+        found: the defence's configuration: ``model``, ``data`` and ``trainer``, as in ``configs/defense``.
+        subject: the suspicious model.
+        sweep: whether the teacher's rate and the defence's are found by :func:`swept`.
+
+    Raises:
+        NonFiniteLossError: where numbers became infinite.
+    """
+    one = swept if sweep else kept_fit
+    if not needs_teacher(found["model"], subject.network):
+        result = one(args, found, subject)
+    else:
+        teacher = one(args, teacher_config(found), subject)
+        _check(teacher)
+        given = merged(found, {"model": {"init_args": {"teacher_weights": teacher.path}}})
+        result = one(args, given, subject)
+        result.add(teacher)
+    _check(result)
+    return subject.loaded(Path(str(result.path))), result
+
+
+def _check(kept: Kept) -> None:
+    if kept.path is None:
+        raise NonFiniteLossError("Expected a finite training loss, but it became NaN or infinite.")
+
+
+def kept_fit(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
+    """One fit on the suspicious weights, unless the same one has ended before."""
+    own = {"model": subject.network, "weights": str(subject.weights), "seed": subject.seed}
+    module: Defense = build(Defense, merged(found["model"], {"init_args": own}))
+    for network in module.networks():
+        network.to(memory_format=torch.channels_last)
+    settings = _settings(found, subject.images)
+    # Files lie elsewhere on another day; the key knows the weights themselves.
+    named = merged(settings, {"init_args": {"teacher_weights": None}})
+    key = fit_key(args, module, subject.datamodule, [named, subject.seed, code()])
+    path, told = (args.work / "fits" / f"{key}.{kind}" for kind in ("safetensors", "json"))
+    if told.exists():
+        return Kept(**json.loads(told.read_text()))
+    subject.datamodule.batch_size = settings["batch_size"]
+    meter = fit(args, subject.name, module, subject.datamodule, settings["epochs"], named, may_break_off=True)
+    kept = Kept(str(path) if meter.finite else None, meter.passes, meter.seconds, meter.peak_memory_mib)
+    partial = path.with_name(f"{subject.name}-{key}.partial")  # two processes may make the same one
+    save_weights(module.model.state_dict(), partial)
+    partial.replace(path)
+    partial.write_text(json.dumps(asdict(kept)))
+    partial.replace(told)
+    return kept
+
+
+def swept(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
+    """The fit at the strongest rate that keeps the accuracy on held-out clean images; from the strongest rate down.
+
+    It looks at nothing else. Those below the first rate that keeps it are not tried, since they could not be chosen.
+    """
+    if found["model"]["init_args"].get("optimizer"):
+        raise ValueError("Expected a defence whose rate is `lr`, but got one with an optimizer of its own.")
+    images = len(subject.datamodule.partition.validation)
+    baseline = held_out_accuracy(subject.loaded(subject.weights), subject.datamodule)
+    fits, accuracies, cost = dict[float, Kept](), dict[float, float](), Kept(None)
+    for factor in FACTORS:
+        rate = float(f"{factor * found['model']['init_args']['lr']:.3g}")
+        fits[rate] = kept_fit(args, merged(found, {"model": {"init_args": {"lr": rate}}}), subject)
+        cost.add(fits[rate])
+        path = fits[rate].path
+        accuracies[rate] = 0.0 if path is None else held_out_accuracy(subject.loaded(Path(path)), subject.datamodule)
+        if keeps(accuracies[rate], baseline, images):
+            break
+    chosen = strongest_rate(accuracies, baseline, images)
+    told = {"chosen": chosen, "accuracies": {f"{rate:g}": round(value, 4) for rate, value in accuracies.items()}}
+    told |= {"kept": keeps(accuracies[chosen], baseline, images)}
+    told |= {"baseline": round(baseline, 4), "images": images, "allowed_loss": round(allowed_loss(baseline, images), 4)}
+    cost.path, cost.sweeps = fits[chosen].path, {found["model"]["class_path"].rpartition(".")[2]: told}
+    return cost
+
+
+@torch.no_grad()
+def held_out_accuracy(network: nn.Module, datamodule: BackdoorDataModule) -> float:
+    """Accuracy on the clean images that the defender holds out."""
+    loader = datamodule.held_out_dataloader()
+    if loader is None:
+        raise ValueError("Expected a `validation_fraction` that holds images out, but got none.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    right, seen = 0, 0
+    network.to(device)
+    with evaluating(network):
+        for batch in loader:
+            ready = datamodule.on_after_batch_transfer(batch.to(device), 0)
+            known = ready.labels >= 0
+            right += int(((predict(network, ready.images).argmax(dim=1) == ready.labels) & known).sum())
+            seen += int(known.sum())
+    return right / seen

@@ -1,0 +1,70 @@
+"""The strongest learning rate that clean accuracy allows: fits a defence to a network, blind to any trigger."""
+
+import math
+from collections.abc import Mapping
+
+from nba_lightning.core.checks import check_at_least, check_range, expected
+
+LEAST_LOSS = 0.015
+
+
+def allowed_loss(baseline: float, images: int) -> float:
+    r"""How much accuracy on held-out images may be lost before it counts as lost.
+
+    Two standard errors of the baseline, but never less than 1.5 points:
+
+    .. math:: \max(0.015, 2 \sqrt{p (1 - p) / (n + 4)}), \quad p = (n a + 2) / (n + 4)
+
+    Source: Agresti & Coull, "Approximate is better than 'exact' for interval estimation of binomial proportions", The
+    American Statistician 52(2), 1998, for two right and two wrong answers more, without which a few images that are all
+    right would seem certain.
+
+    Args:
+        baseline: accuracy a of the suspicious network on the held-out clean images, in [0, 1].
+        images: their number n.
+
+    Raises:
+        ValueError: for an accuracy outside [0, 1] or no image.
+
+    Example:
+        >>> round(allowed_loss(0.8, 250), 3), allowed_loss(0.8, 100_000)
+        (0.051, 0.015)
+    """
+    check_range("baseline", baseline, 0.0, 1.0)
+    check_at_least("images", images, 1)
+    share = (images * baseline + 2) / (images + 4)
+    return max(LEAST_LOSS, 2 * math.sqrt(share * (1 - share) / (images + 4)))
+
+
+def keeps(accuracy: float, baseline: float, images: int) -> bool:
+    """Whether a network that reached ``accuracy`` on the held-out images lost no more than :func:`allowed_loss`."""
+    check_range("accuracy", accuracy, 0.0, 1.0)
+    return accuracy >= baseline - allowed_loss(baseline, images) - 1e-9
+
+
+def strongest_rate(accuracies: Mapping[float, float], baseline: float, images: int) -> float:
+    """The largest learning rate whose network kept its accuracy on held-out clean images.
+
+    High rates are what removes backdoors, and what costs accuracy. Nothing here looks at a trigger.
+
+    Args:
+        accuracies: of the defended networks on the held-out clean images, in [0, 1], by learning rate; 0 for a fit that
+            came to no end.
+        baseline: of the suspicious network on the same images.
+        images: their number.
+
+    Returns:
+        The largest rate that :func:`keeps` the accuracy; where none does, the one that lost least, of equal ones the
+        smallest.
+
+    Raises:
+        ValueError: for no rate, or accuracies outside [0, 1].
+
+    Example:
+        >>> strongest_rate({0.01: 0.80, 0.03: 0.78, 0.1: 0.62}, baseline=0.8, images=250)
+        0.03
+    """
+    if not accuracies:
+        raise expected("accuracies", "of at least one rate", "none")
+    kept = [rate for rate, accuracy in accuracies.items() if keeps(accuracy, baseline, images)]
+    return max(kept) if kept else max(accuracies, key=lambda rate: (accuracies[rate], -rate))

@@ -1,0 +1,137 @@
+"""Whether a student that learned from the suspicious network has learned its backdoor too."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from nba_lightning.core.checks import check_at_least, check_range, expected
+from nba_lightning.core.features import predict
+from nba_lightning.core.modes import evaluating, reestimate_statistics
+from nba_lightning.pseudo.base import Reduce, same
+from nba_lightning.pseudo.class_perturbations import ClassPerturbations
+
+
+class Verification:
+    r"""Keep as much of what a student learned as shows no sign of the backdoor, without knowing a trigger.
+
+    For each class k a small universal perturbation :math:`d_k` is crafted that the suspicious network falls for and the
+    teacher withstands. A backdoor makes the target class easy to reach, and a student that has learned it falls for
+    :math:`d_k` too. Of the networks :math:`T + r (S - T)` on the way from the teacher T to the student S, r from
+    ``shares``, the first is kept that falls for no :math:`d_k` on a share of clean images that exceeds the teacher's by
+    more than ``margin``; r is 0, and the student the teacher, if none does. BatchNorm statistics of what lies between
+    are estimated anew.
+
+    Ours. Weights between two networks that were fine-tuned from one another are as in Wortsman et al., "Robust
+    fine-tuning of zero-shot models", CVPR 2022 (arXiv 2109.01903), section 3. What it cannot see: a trigger that no
+    small perturbation of the image resembles.
+
+    Args:
+        shares: r, from the largest to the smallest.
+        margin: share of clean images that a class may win more than with the teacher, in [0, 1].
+        size: bound on the root mean square of a perturbation, in units of the image range [0, 1].
+        steps: gradient steps of crafting, one batch each.
+        images_each: clean images for each perturbation in a step.
+        images: clean images on which falling is measured, at least; those of every process.
+
+    Raises:
+        ValueError: for an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        shares: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
+        margin: float = 0.05,
+        size: float = 0.018,
+        steps: int = 12,
+        images_each: int = 16,
+        images: int = 400,
+    ) -> None:
+        for share in shares:
+            check_range("shares", share, 0.0, 1.0, open_low=True)
+        if sorted(shares, reverse=True) != list(shares):
+            raise expected("shares", "from the largest to the smallest", list(shares))
+        check_range("margin", margin, 0.0, 1.0)
+        check_at_least("images", images, 1)
+        self.shares, self.margin, self.images = list(shares), margin, images
+        self.size, self.steps, self.images_each = size, steps, images_each
+        self.rates: dict[str, list[float]] = {}
+
+    def keep(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        suspicious: nn.Module,
+        batches: Iterator[Tensor],
+        generator: torch.Generator | None = None,
+        reduce: Reduce = same,
+    ) -> float:
+        """Leave in ``student`` what passes.
+
+        Args:
+            student: what learned from the suspicious network; changed in place.
+            teacher: of the same architecture; what the student started from.
+            suspicious: the suspicious network.
+            batches: endless clean images `(B, C, H, W)` in [0, 1].
+            generator: source of randomness, the same on all processes.
+            reduce: averages a tensor over all processes.
+
+        Returns:
+            r. How often each class won stands in ``rates``.
+        """
+        crafting = ClassPerturbations((self.size,), self.steps, self.images_each)
+        crafting.regenerate(suspicious, teacher, batches, generator, reduce)
+        first = next(batches)
+        looked_at = [first, *islice(batches, (self.images - 1) // len(first))]
+        allowed = self._rates(teacher, looked_at, crafting.bank, reduce) + self.margin
+        learned = {name: value.clone() for name, value in student.state_dict().items()}
+        self.rates = {"teacher": (allowed - self.margin).tolist()}
+        self.rates["suspicious"] = self._rates(suspicious, looked_at, crafting.bank, reduce).tolist()
+        for share in (*self.shares, 0.0):
+            _set_between(student, teacher.state_dict(), learned, share)
+            if 0 < share < 1:
+                reestimate_statistics(student, looked_at)
+            rates = self._rates(student, looked_at, crafting.bank, reduce)
+            self.rates[f"{share:g}"] = rates.tolist()
+            if share == 0 or bool((rates <= allowed).all()):
+                break
+        rank_zero_info(_sentence(share, self.rates))
+        return share
+
+    @torch.no_grad()
+    def _rates(self, network: nn.Module, batches: Sequence[Tensor], bank: Tensor, reduce: Reduce) -> Tensor:
+        """Share of the images `(K,)` that each class's perturbation wins for its class, of those not in it anyway."""
+        won, seen = torch.zeros(len(bank), device=bank.device), torch.zeros(len(bank), device=bank.device)
+        with evaluating(network):
+            for images in batches:
+                before = predict(network, images).argmax(dim=1)
+                for k, perturbation in enumerate(bank):
+                    others = images[before != k]
+                    if len(others):
+                        inputs = (others + perturbation).clamp(0.0, 1.0).to(images.dtype)
+                        won[k] += (predict(network, inputs).argmax(dim=1) == k).sum()
+                        seen[k] += len(others)
+        return reduce(won) / reduce(seen).clamp(min=1e-12)
+
+
+@torch.no_grad()
+def _set_between(network: nn.Module, start: dict[str, Tensor], end: dict[str, Tensor], share: float) -> None:
+    """Weights of ``network``: ``start`` + share * (``end`` - ``start``)."""
+    for name, value in network.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.lerp(start[name].to(value.device).float(), end[name].float(), share))
+        else:
+            value.copy_(end[name] if share else start[name])
+
+
+def _sentence(share: float, rates: dict[str, list[float]]) -> str:
+    worst = max(range(len(rates["suspicious"])), key=lambda k: rates["suspicious"][k] - rates["teacher"][k])
+    told = (
+        f"small perturbations win class {worst} {100 * rates['suspicious'][worst]:.0f} % of the images from the "
+        f"suspicious network, {100 * rates['teacher'][worst]:.0f} % from the teacher and "
+        f"{100 * rates[f'{share:g}'][worst]:.0f} % from the network that is kept."
+    )
+    kept = "all" if share == 1 else "nothing" if share == 0 else f"{100 * share:.0f} %"
+    return f"Verified: {kept} of what the student learned from the suspicious network is kept; {told}"

@@ -1,0 +1,198 @@
+"""Settings from end to end on tiny data, and what their YAML say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from nba_lightning.networks import SmallCNN, WideResNet
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+FILES = sorted((BENCHMARKS / "settings").glob("*.yaml"))
+TINY = """
+group: found
+about: scikit-learn's digits
+source: {class_path: nba_lightning.data.Digits}
+augment: {padding: 1, flip: false}
+network: {class_path: nba_lightning.networks.SmallCNN, init_args: {width: 4, in_channels: 1}}
+attack: {config: badnets}
+implanting:
+  clean: {epochs: 3}
+  poisoned: {from: clean, epochs: 2, init_args: {lr: 0.05}}
+models: {clean: own, poisoned: own_poisoned}
+clean_images: 140
+validation_fraction: 0.2
+"""
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def call(script, *arguments):
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("settings")
+    (folder / "tiny.yaml").write_text(TINY)
+
+    def settings(*arguments):
+        where = ("--work", folder / "work", "--results", folder / "r", "--only", folder / "tiny.yaml", "--seeds", "0")
+        return call("settings", *where, *arguments)
+
+    ran = settings("--defenses", "fine_tuning", "nad", "--rates", "sweep")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return folder, settings
+
+
+def cell(folder, name):
+    return json.loads((folder / "r" / f"tiny-{name}-0.json").read_text())
+
+
+def test_a_cell_has_the_grid_s_keys_its_setting_and_its_group(run):
+    folder, _ = run
+    keys = {"setting", "group", "attack", "defense", "seed", "acc", "asr", "ra", "der", "seconds", "passes_per_image"}
+    keys |= {"network", "source", "clean_fraction", "clean_images", "poison_rate", "settings", "versions", "hardware"}
+    found = cell(folder, "nad@sweep")
+    assert found.keys() >= keys
+    assert (found["setting"], found["group"]) == ("tiny", "found")
+    before = cell(folder, "none")
+    assert before["asr"] > before["never_poisoned"]["asr"]
+
+
+def test_a_sweep_takes_the_strongest_rate_that_keeps_the_held_out_accuracy_and_sees_no_trigger(run):
+    folder, _ = run
+    from nba_lightning.training.sweep import keeps
+
+    found = cell(folder, "fine_tuning@sweep")["sweeps"]["FineTuning"]
+    rates = [float(rate) for rate in found["accuracies"]]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == pytest.approx(10 * 0.1)
+    kept = [keeps(accuracy, found["baseline"], found["images"]) for accuracy in found["accuracies"].values()]
+    assert kept == [False] * (len(kept) - 1) + [True]
+    assert found["chosen"] == rates[-1]
+    assert cell(folder, "nad@sweep")["sweeps"]["FineTuning"] == found  # its teacher
+    assert not {"asr", "ra"} & found.keys()
+
+
+def test_the_cost_of_a_sweep_is_that_of_all_its_fits(run):
+    folder, _ = run
+    found = cell(folder, "fine_tuning@sweep")
+    one = (2 * 10 * 100 + 50 + 2) / found["clean_images"]  # two batches of 50 an epoch; a look and a check
+    assert found["passes_per_image"] == pytest.approx(one * len(found["sweeps"]["FineTuning"]["accuracies"]), rel=0.01)
+
+
+def test_what_is_there_is_kept_and_a_model_that_is_given_is_taken(run, tmp_path):
+    folder, settings = run
+    times = {path: path.stat().st_mtime_ns for path in (folder / "r").iterdir()}
+    ran = settings("--defenses", "fine_tuning", "nad", "--rates", "sweep")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert {path: path.stat().st_mtime_ns for path in (folder / "r").iterdir()} == times
+    for name in ("own", "own_poisoned"):
+        save_file(SmallCNN(width=4, in_channels=1).state_dict(), tmp_path / f"{name}.safetensors")
+    there = ("--work", tmp_path / "work", "--results", tmp_path / "r", "--only", folder / "tiny.yaml")
+    ran = call("settings", *there, "--models", tmp_path, "--defenses")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    files = json.loads((tmp_path / "work" / "models" / "tiny.json").read_text())
+    assert files == [str(tmp_path / "own.safetensors"), str(tmp_path / "own_poisoned.safetensors"), ""]
+    assert not list((tmp_path / "work" / "models").glob("*.safetensors"))
+
+
+def test_the_report_says_the_group_and_marks_the_best(run):
+    folder, _ = run
+    shown = call("report", "--settings", "--results", folder / "r")
+    assert shown.returncode == 0, shown.stderr
+    assert "Settings on which the defaults of NBA were found." in shown.stdout
+    assert "| tiny | *undefended* | 1 |" in shown.stdout
+    assert "| tiny | *never poisoned* | 1 |" in shown.stdout
+    best = max(cell(folder, name)["acc"] for name in ("fine_tuning@sweep", "nad@sweep"))
+    assert f"| **{100 * best:.1f}** |" in shown.stdout
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_shipped_setting_is_complete(path):
+    found = yaml.safe_load(path.read_text())
+    keys = {"group", "about", "source", "augment", "network", "attack", "implanting", "clean_images"}
+    assert found.keys() - {"models"} == keys | {"validation_fraction"}
+    assert found["group"] in ("found", "reported")
+    assert found["implanting"].keys() - {"keys"} == {"clean", "poisoned"}
+    from common import build, config, merged
+
+    from nba_lightning.attacks import Attack
+
+    spec = config("attack", found["attack"]["config"])["data"]["init_args"]["attack"]
+    own = {name: value for name, value in found["attack"].get("init_args", {}).items() if name != "pattern"}
+    assert isinstance(build(Attack, merged(spec, {"init_args": own})), Attack)
+
+
+def test_the_key_mapping_of_the_stranger_covers_its_network(tmp_path):
+    import argparse
+
+    from implanting import converted, read_setting
+
+    own = WideResNet(16, 1, mean=0.0, std=1.0)
+    theirs = {}
+    for name, value in own.state_dict().items():
+        if not name.startswith("normalize."):
+            parts = name.replace("shortcut", "convShortcut").split(".")
+            parts = [f"block{parts[0][-1]}", "layer", *parts[1:]] if parts[0].startswith("layer") else parts
+            theirs[".".join(["bn1", *parts[1:]] if parts[0] == "bn" else parts)] = value.clone()
+    save_file(theirs, tmp_path / "nad-wrn16-1-grid-target5.safetensors")
+    folders = {"root_cifar": tmp_path, "root_photos": None, "root_fashion": None, "strangers": tmp_path}
+    args = argparse.Namespace(work=tmp_path, **folders)
+    path = converted(args, read_setting(args, "nad_stranger"), "poisoned")
+    other = WideResNet(16, 1, mean=0.0, std=1.0)
+    from nba_lightning.io.weights import load_weights
+
+    load_weights(other, path)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in own.state_dict().items())
+
+
+def test_a_folder_that_is_missing_is_asked_for_by_its_option(tmp_path):
+    ran = call("settings", "--work", tmp_path, "--results", tmp_path, "--only", "fashion_cnn")
+    assert ran.returncode == 1
+    assert "Expected `--root-fashion` to be given" in ran.stdout
+
+
+def test_an_unknown_setting_is_told(tmp_path):
+    ran = call("settings", "--work", tmp_path, "--results", tmp_path, "--only", "nothing")
+    assert "Expected `--only` to name a YAML file or one of digits" in ran.stdout
+
+
+def test_a_part_of_a_source_counts_its_classes_in_the_given_order():
+    from extra_sources import Part
+
+    from nba_lightning.data import Digits
+
+    part = Part(Digits(), classes=["7", "2"], train_images=5, image_size=16)
+    train, test = part.load()
+    assert part.check(train, test) == ["7", "2"]
+    assert torch.bincount(train.labels).tolist() == [5, 5]
+    assert train.shape == (1, 16, 16)
+    whole, _ = Digits().load()
+    sevens = whole.read((whole.labels == 7).nonzero().flatten())
+    small = Part(Digits(), classes=["7", "2"], train_images=5).load()[0]
+    assert all((image == sevens).flatten(1).all(1).any() for image in small.read(torch.arange(5)))
+
+
+def test_the_smooth_picture_is_smooth_strong_and_the_same_again(tmp_path):
+    from extra_sources import smooth_picture
+    from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    for name in ("one", "two"):
+        smooth_picture(tmp_path / f"{name}.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    picture = pil_to_tensor(Image.open(tmp_path / "one.png")).float() / 255
+    assert picture.std() > 0.3
+    assert picture.diff(dim=1).abs().max() < 0.1
+    assert picture.diff(dim=2).abs().max() < 0.1

@@ -1,0 +1,61 @@
+"""The strongest rate that clean accuracy allows."""
+
+import math
+
+import pytest
+
+from nba_lightning.training.sweep import allowed_loss, keeps, strongest_rate
+
+
+def test_the_largest_rate_that_keeps_the_accuracy_is_taken_wherever_it_stands():
+    accuracies = {0.1: 0.79, 0.01: 0.81, 1.0: 0.5, 0.3: 0.6}
+    assert strongest_rate(accuracies, 0.8, 1000) == 0.1
+    assert strongest_rate(dict(reversed(accuracies.items())), 0.8, 1000) == 0.1
+
+
+def test_a_gap_below_a_rate_that_keeps_it_does_not_matter():
+    assert strongest_rate({0.01: 0.8, 0.1: 0.2, 1.0: 0.8}, 0.8, 1000) == 1.0
+
+
+def test_where_none_keeps_it_the_one_that_lost_least_is_taken():
+    assert strongest_rate({0.01: 0.4, 0.1: 0.5, 1.0: 0.1}, 0.9, 1000) == 0.1
+    assert strongest_rate({0.1: 0.5, 0.01: 0.5, 1.0: 0.0}, 0.9, 1000) == 0.01
+
+
+@pytest.mark.parametrize(("baseline", "images"), [(0.8, 250), (0.5, 40), (0.9, 9)])
+def test_few_images_allow_two_standard_errors(baseline, images):
+    right, total = baseline * images + 2, images + 4
+    variance = (right * (total - right)) / total**2
+    expected = 2 * math.sqrt(variance) / math.sqrt(total)
+    assert allowed_loss(baseline, images) == pytest.approx(expected)
+    assert keeps(baseline - expected + 1e-6, baseline, images)
+    assert not keeps(baseline - expected - 1e-6, baseline, images)
+
+
+def test_many_images_allow_a_point_and_a_half():
+    assert allowed_loss(0.9, 1_000_000) == 0.015
+    assert keeps(0.885, 0.9, 1_000_000)
+    assert not keeps(0.884, 0.9, 1_000_000)
+
+
+def test_a_few_images_that_are_all_right_are_not_certain():
+    assert keeps(8 / 9, 1.0, 9)
+    assert not keeps(0.98, 1.0, 100_000)
+
+
+def test_a_better_network_keeps_its_accuracy():
+    assert keeps(1.0, 0.2, 1000)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: strongest_rate({}, 0.8, 10), "Expected `accuracies` to be of at least one rate, but got none"),
+        (lambda: strongest_rate({0.1: 80.0}, 0.8, 10), r"Expected `accuracy` to be in \[0, 1\], but got 80"),
+        (lambda: allowed_loss(80, 10), r"Expected `baseline` to be in \[0, 1\], but got 80"),
+        (lambda: allowed_loss(0.8, 0), "Expected `images` to be at least 1, but got 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
