@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from nba_lightning.core.checks import check_at_least, check_image_batch, check_unit_range, expected
 from nba_lightning.core.features import predict
 from nba_lightning.core.metrics import IGNORE_LABEL
-from nba_lightning.core.modes import evaluating
+from nba_lightning.core.modes import check_finite, evaluating
 from nba_lightning.core.randomness import generator_for
-from nba_lightning.io.adapters import unpack
+from nba_lightning.io.batches import as_batch
 from nba_lightning.scan.result import ScanResult
 from nba_lightning.scan.statistics import LEAST_CLASSES, Rule, StudentisedMaximum
 
@@ -148,7 +148,7 @@ class Scan(nn.Module, ABC):
     def scan(self, network: nn.Module, images: Tensor, labels: Tensor | None, progress: bool = True) -> ScanResult:
         """Scan a network by clean images `(N, C, H, W)` in [0, 1], with labels `(N,)` or without."""
         start = time.perf_counter()
-        check_finite(network)
+        check_finite(network, "network")
         # Within `Trainer.test` gradients are off, and what was made there cannot enter a graph: hence the copy.
         with torch.inference_mode(False), torch.enable_grad(), evaluating(network, self):
             subject = _subject(network, images, progress)
@@ -206,26 +206,18 @@ class Reservoir:
 
 def images_of(batch: Any, network: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Images `(B, C, H, W)`, float, in [0, 1], and labels `(B,)` of a loader's batch, without what is padding."""
-    if isinstance(batch, Mapping) and "label" not in batch and "labels" not in batch:
-        batch = next((batch[name] for name in ("images", "image", "pixel_values") if name in batch), batch)
-    images, *rest = unpack(batch, network)
+    found = as_batch(batch, network)
+    images = found.images
     if images.dtype == torch.uint8:
         images = images.float() / 255
     check_image_batch("images", images)
     if len(images):
         check_unit_range("images", images)
-    labels = rest[0] if rest and isinstance(rest[0], Tensor) and rest[0].shape == (len(images),) else None
-    if labels is None:
+    labels = found.labels
+    if not isinstance(labels, Tensor) or labels.shape != (len(images),):
         return images.float(), None
     real = labels != IGNORE_LABEL
     return images[real].float(), labels[real].long()
-
-
-def check_finite(network: nn.Module, role: str = "network") -> None:
-    """Raise if a weight or buffer is not a finite number; the message names it."""
-    for name, value in [*network.named_parameters(), *network.named_buffers()]:
-        if value.is_floating_point() and not bool(value.detach().isfinite().all()):
-            raise ValueError(f"Expected `{role}` to have finite weights, but got NaN or infinity in {name}.")
 
 
 def inward(inputs: Tensor, ascent: Tensor) -> Tensor:

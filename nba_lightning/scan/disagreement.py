@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nba_lightning.core.checks import check_at_least, check_range, expected
+from nba_lightning.core.modes import check_finite
 from nba_lightning.core.randomness import shuffled
 from nba_lightning.pseudo.base import project, step_size
-from nba_lightning.scan.base import Measured, Scan, Subject, check_finite, inward
+from nba_lightning.scan.base import Measured, Scan, Subject, inward
 
 
 class TeacherDisagreement(Scan):
