@@ -110,10 +110,15 @@ class Link:
     bar: bool
 
     @property
+    def batch(self) -> int:
+        """Images of a step, of all processes."""
+        processes = self.places.devices * self.places.nodes
+        return processes * self.data.batch_size_for(processes)
+
+    @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch on each process."""
-        world = self.places.devices * self.places.nodes
-        return max(1, len(self.data.training) // world // (self.data.batch_size or 1))
+        """Steps of an epoch."""
+        return max(1, len(self.data.training) // self.batch)
 
     @property
     def epochs(self) -> int:
@@ -122,9 +127,8 @@ class Link:
 
     def cost(self) -> str:
         """What the fit will cost, before it starts."""
-        batch = (self.data.batch_size or 0) * self.places.devices * self.places.nodes
         steps = self.epochs * self.steps_per_epoch
-        return f"{steps:,} steps of {batch} images, {self.epochs:,} passes over {len(self.data.training):,} images"
+        return f"{steps:,} steps of {self.batch} images, {self.epochs:,} passes over {len(self.data.training):,} images"
 
     def fit(self, module: Defense, to: Path) -> dict[str, Any]:
         """Fit, and say what came of it; the weights are in ``to`` or, rejected, in ``rejected.safetensors`` beside it.
@@ -173,7 +177,7 @@ class Link:
             "optimiser": type(optimizer).__name__,
             "rate": float(group.get("initial_lr", group.get("lr", module.lr))),
             "steps": int(runner.global_step),
-            "batch": (self.data.batch_size or 0) * self.places.devices * self.places.nodes,
+            "batch": self.batch,
             "layers": [name.removeprefix("network.") for name in module.observed_layers()],  # as the owner knows them
             **of_suspicious,
         }

@@ -136,12 +136,7 @@ class CleanImages(SeededLoading):
         disk = DiskImages(Files(self.root, paths, _MODES[self.channels]), labels, size, paths)
         share = held_out_share(len(paths)) if self.share is None else self.share
         self.training, self.held_out = stratified_split(labels, share, self.seed)
-        world = self._world()[1]
-        if self.batch_size is None:
-            self.batch_size = fitting_batch_size(len(self.training), world)
-        if len(self.training) < self.batch_size * world:
-            most = f"at most the {len(self.training)} training images over {world} processes"
-            raise expected("batch_size", most, self.batch_size)
+        self.batch_size_for(self._world()[1])
         self._set, self.image_shape = in_memory_if_small(disk, self.memory_limit_mib), disk.shape
         self._say(len(torch.unique(labels)))
 
@@ -172,10 +167,26 @@ class CleanImages(SeededLoading):
         self.setup()
         return self._fingerprint
 
+    def batch_size_for(self, processes: int) -> int:
+        """Images per batch and process: what was given, else what fits.
+
+        Args:
+            processes: that share the images.
+
+        Raises:
+            ValueError: if there are too few images.
+        """
+        size = self.batch_size or fitting_batch_size(len(self.training), processes)
+        if len(self.training) < size * processes:
+            raise expected(
+                "batch_size", f"at most the {len(self.training)} training images over {processes} processes", size
+            )
+        return size
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Training images in a new order each epoch; the last incomplete batch is dropped."""
-        assert self.batch_size is not None
-        return self._loader(Batches(self._ready(), self.training), self.batch_size, shuffle=True)
+        images = Batches(self._ready(), self.training)
+        return self._loader(images, self.batch_size_for(self._world()[1]), shuffle=True)
 
     def held_out_dataloader(self) -> DataLoader[Any] | None:
         """The part that is held out; ``None`` where there is none."""
