@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from nba_lightning.core.checks import expected
@@ -56,6 +57,8 @@ class Chain:
         if name not in self.done:
             self.done[name] = plain(work())
             self._write()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.barrier()  # other processes read the files that the first one has written
         result: T = self.done[name]
         return result
 
@@ -70,7 +73,7 @@ class Chain:
             key: (before.get(key), self.arguments.get(key)) for key in sorted(before.keys() | self.arguments.keys())
         }
         other = {key: pair for key, pair in both.items() if pair[0] != pair[1]}
-        if other:
+        if other and self.done:
             listed = ", ".join(f"`{key}` was {_short(was)}, is {_short(now)}" for key, (was, now) in other.items())
             raise ValueError(
                 f"Expected `output` to be a folder without another run's results, but got {str(self.folder)!r}, whose "

@@ -152,6 +152,7 @@ def _identity(network: nn.Module, data: CleanImages) -> dict[str, Any]:
         "image_shape": list(data.image_shape),
         "held_out": len(data.held_out),
         "batch_size": data.batch_size,
+        "augment": [data.augment.padding, data.augment.flip],
     }
 
 

@@ -7,12 +7,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
@@ -22,11 +24,15 @@ from nba_lightning.callbacks import CleanedWeights, Guard, History, NonFiniteLos
 from nba_lightning.data.owner import CleanImages
 from nba_lightning.defenses import NBA, FineTuning
 from nba_lightning.io.checkpoints import SafeCheckpointIO
+from nba_lightning.pseudo import TriggerFamilies
 from nba_lightning.training import Defense
+from nba_lightning.training.sweep import keeps, strongest_rate
 
 TEACHER_STEPS, STUDENT_STEPS = 500, 1000
-TEACHER_RATES = (0.1, 0.03, 0.01, 0.003, 0.001)
-"""Learning rates of the teacher, the strongest first: one that costs too much accuracy gives way to the next."""
+TEACHER_RATE = 0.02
+"""Learning rate of the teacher where no image is held out to measure what it costs."""
+TEACHER_RATES = (0.2, 0.06, 0.02, 0.006, 0.002)
+"""Its rates else, the strongest first: one that costs too much accuracy gives way to the next."""
 _LEAST_EPOCHS = 5
 _SAVE_EVERY = timedelta(minutes=1)
 _CURVE = 20
@@ -104,10 +110,15 @@ class Link:
     bar: bool
 
     @property
+    def batch(self) -> int:
+        """Images of a step, of all processes."""
+        processes = self.places.devices * self.places.nodes
+        return processes * self.data.batch_size_for(processes)
+
+    @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch on each process."""
-        world = self.places.devices * self.places.nodes
-        return max(1, len(self.data.training) // world // (self.data.batch_size or 1))
+        """Steps of an epoch."""
+        return max(1, len(self.data.training) // self.batch)
 
     @property
     def epochs(self) -> int:
@@ -116,9 +127,8 @@ class Link:
 
     def cost(self) -> str:
         """What the fit will cost, before it starts."""
-        batch = (self.data.batch_size or 0) * self.places.devices * self.places.nodes
         steps = self.epochs * self.steps_per_epoch
-        return f"{steps:,} steps of {batch} images, {self.epochs:,} passes over {len(self.data.training):,} images"
+        return f"{steps:,} steps of {self.batch} images, {self.epochs:,} passes over {len(self.data.training):,} images"
 
     def fit(self, module: Defense, to: Path) -> dict[str, Any]:
         """Fit, and say what came of it; the weights are in ``to`` or, rejected, in ``rejected.safetensors`` beside it.
@@ -152,6 +162,7 @@ class Link:
         return {
             "verdict": guard.verdict,
             "sentence": guard.sentence,
+            "accuracies": {role: vars(found) for role, found in guard.accuracies.items()},
             "file": written.name,
             "curve": curve,
             "chosen": self._chosen(module, runner),
@@ -160,44 +171,71 @@ class Link:
     def _chosen(self, module: Defense, runner: pl.Trainer) -> dict[str, Any]:
         optimizer = runner.optimizers[0] if runner.optimizers else None
         group = optimizer.param_groups[0] if optimizer is not None else {}
+        accepted = getattr(module, "accepted", None)
+        of_suspicious = {} if accepted is None else {"accepted": float(accepted)}
         return {
             "optimiser": type(optimizer).__name__,
             "rate": float(group.get("initial_lr", group.get("lr", module.lr))),
             "steps": int(runner.global_step),
-            "batch": (self.data.batch_size or 0) * self.places.devices * self.places.nodes,
-            "layers": list(module.observed_layers()),
+            "batch": self.batch,
+            "layers": [name.removeprefix("network.") for name in module.observed_layers()],  # as the owner knows them
+            **of_suspicious,
         }
 
 
 def fit_teacher(
-    network: nn.Module, link: Callable[[str], Link], chain: Chain, seed: int, show: bool
+    network: nn.Module, link: Callable[[str], Link], chain: Chain, held_out: bool, seed: int, show: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Fine-tune copies of the network, with the strongest rate first, until one keeps its clean accuracy.
+    """Fine-tune copies of the network on synthetic triggers too, with the strongest rate that clean accuracy allows.
+
+    Rates are tried from the strongest down; see :mod:`nba_lightning.training.sweep`. Without held-out images nothing
+    tells them apart, and the shipped one is taken.
 
     Returns:
-        What came of the last fit, and a sentence for each rate that was too strong.
+        What came of the chosen fit, whose weights are in ``teacher.safetensors`` (or ``rejected.safetensors``), and a
+        sentence for each rate that was not taken.
     """
-    to, tried = chain.folder / "teacher.safetensors", list[str]()
-    for rate in TEACHER_RATES:
+    tried: dict[float, dict[str, Any]] = {}
+    measured: dict[float, float] = {}
+    before, images = 0.0, 0
+    for rate in TEACHER_RATES if held_out else (TEACHER_RATE,):
         one = link(f"teacher {rate:g}")
+        tried[rate] = chain.step(one.name, partial(_try, network, one, rate, seed, show))
+        measured[rate], figures = 0.0, tried[rate]["accuracies"]
+        if "student" in figures:  # not where the loss became infinite
+            before, images = figures["suspicious"]["value"], figures["suspicious"]["images"]
+            measured[rate] = figures["student"]["value"]
+            if keeps(measured[rate], before, images):
+                break
+    chosen = strongest_rate(measured, before, images) if images else next(iter(tried))
+    found = tried[chosen]
+    if found["file"] is None:
+        raise NonFiniteLossError(found["sentence"])
+    name = "rejected.safetensors" if found["verdict"] == "rejected" else "teacher.safetensors"
+    chain.step("teacher", lambda: _take(chain.folder / "fits" / found["file"], chain.folder / name))
+    told = []
+    for rate in [rate for rate in tried if rate != chosen]:
+        why = f"it was right on {measured[rate]:.1%} of the held-out images"
+        why = why if tried[rate]["file"] else "the loss became infinite"
+        told.append(f"A teacher fine-tuned at rate {rate:g} was not taken: {why}.")
+    return {**found, "file": name}, told
 
-        def work(one: Link = one, rate: float = rate) -> dict[str, Any]:
-            say(f"  fine-tuning at rate {rate:g}: {one.cost()}", show)
-            module = FineTuning(copy.deepcopy(network), lr=rate, seed=seed)
-            try:
-                return one.fit(module, to)
-            except NonFiniteLossError as error:
-                nothing: dict[str, Any] = {"curve": [], "chosen": {"rate": rate}, "file": None}
-                return {"verdict": "rejected", "sentence": str(error), **nothing}
 
-        found = chain.step(one.name, work)
-        shutil.rmtree(one.folder, ignore_errors=True)
-        if found["verdict"] != "rejected":
-            break
-        if found["file"] is None and rate == TEACHER_RATES[-1]:
-            raise NonFiniteLossError(found["sentence"])
-        tried.append(f"A teacher fine-tuned at rate {rate:g} lost too much. {found['sentence']}")
-    return found, tried
+def _try(network: nn.Module, link: Link, rate: float, seed: int, show: bool) -> dict[str, Any]:
+    """A teacher of one rate; weights stay in the link's folder."""
+    say(f"  fine-tuning at rate {rate:g}: {link.cost()}", show)
+    module = FineTuning(copy.deepcopy(network), pseudo=TriggerFamilies(), lr=rate, seed=seed)
+    try:
+        found = link.fit(module, link.folder / "teacher.safetensors")
+    except NonFiniteLossError as error:
+        nothing: dict[str, Any] = {"curve": [], "chosen": {"rate": rate, "steps": 0}, "file": None, "accuracies": {}}
+        return {"verdict": "rejected", "sentence": str(error), **nothing}
+    return {**found, "file": f"{link.folder.name}/{found['file']}"}
+
+
+@rank_zero_only
+def _take(source: Path, to: Path) -> None:
+    shutil.copyfile(source, to)
 
 
 def fit_student(

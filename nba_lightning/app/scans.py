@@ -58,7 +58,9 @@ def run_scans(
         from nba_lightning.scan import sentence
 
         scans = quick_scans(seed)
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "nba_lightning.scan":
+            raise
         found["warnings"].append("No scan was made: this version comes without scans.")
         return found
     network.to(device)

@@ -92,7 +92,10 @@ class Cleaning:
     def teach(self, steps: int) -> dict[str, Any]:
         """Make the teacher."""
         say("4/6  The teacher: a copy of the network, fine-tuned on the clean images", self.show)
-        found, tried = fit_teacher(self.network, lambda name: self._link(name, steps), self.chain, self.seed, self.show)
+        held_out = len(self.data.held_out) > 0
+        found, tried = fit_teacher(
+            self.network, lambda name: self._link(name, steps), self.chain, held_out, self.seed, self.show
+        )
         self.warnings += tried
         return found
 
@@ -148,6 +151,8 @@ def page_of(folder: Path) -> tuple[Path | None, str | None]:
     """Write report.html; where that cannot be, say why."""
     try:
         from nba_lightning.app.report import write_report
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "nba_lightning.app.report":
+            raise
         return None, "report.html was not written: this version comes without the page."
     return write_report(folder), None

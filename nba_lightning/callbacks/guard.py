@@ -1,5 +1,6 @@
 """A guard over clean accuracy: a network that lost too much of it is not handed over as cleaned."""
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -102,6 +103,7 @@ class Guard(Callback):
         check_at_least("min_images", min_images, 1)
         self.max_loss, self.every_n_epochs, self.min_images = max_loss, every_n_epochs, min_images
         self._restored = self._concluded = False
+        self._came: nn.Module | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -110,19 +112,24 @@ class Guard(Callback):
         self.accuracies: dict[str, Accuracy] = {}
         self._before: Answers | None = None
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Copy the network as it comes: a defence may put the teacher's weights into it before the first step."""
+        if stage == "fit" and not getattr(trainer, "fast_dev_run", False):
+            self._came = copy.deepcopy(_network(pl_module))
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the suspicious network and judge the teacher; a fit that goes on has done so."""
         restored, self._restored, self._concluded = self._restored, False, False
         if getattr(trainer, "fast_dev_run", False):
             return
         if restored:
-            self.verdict, self.sentence = None, ""
+            self.verdict, self.sentence, self._came = None, "", None
             return
         self._reset()
-        suspicious = getattr(pl_module, "suspicious", None)
-        if not isinstance(suspicious, Frozen) and getattr(trainer, "ckpt_path", None):
-            return  # its weights are gone: the fit goes on from a checkpoint without a guard's figures
-        network = suspicious.network if isinstance(suspicious, Frozen) else _network(pl_module)
+        came, self._came = self._came, None
+        if came is None or getattr(trainer, "ckpt_path", None):
+            return  # the fit goes on from a checkpoint without a guard's figures
+        network = trainer.precision_plugin.convert_module(came).to(pl_module.device)
         self._before = self._ask(trainer, network, "suspicious")
         teacher = getattr(pl_module, "teacher", None)
         if isinstance(teacher, Frozen) and self._before is not None:
@@ -215,10 +222,11 @@ class Guard(Callback):
                 f"With so few images the guard cannot know what was lost: {was}; the loss may be anything from "
                 f"{100 * low:.1f} to {_points(high)} (95 %; below 0 is a gain)."
             )
-        return "accepted", (
-            f"Accepted: {was}; the loss of {_points(pair.loss)} (standard error {100 * pair.standard_error:.1f}) is "
-            f"within {limit} or within twice its standard error."
-        )
+        error = f"(standard error {100 * pair.standard_error:.1f})"
+        if pair.loss <= 0:
+            return "accepted", f"Accepted: {was}; that is a gain of {_points(-pair.loss)} {error}."
+        within = f"within {limit}" if pair.loss <= self.max_loss else f"more than {limit}, but may be chance"
+        return "accepted", f"Accepted: {was}; the loss of {_points(pair.loss)} {error} is {within}."
 
 
 _LEVEL = 0.025

@@ -9,13 +9,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from nba_lightning.core.augmentation import RandomCropFlip
-from nba_lightning.core.checks import check_at_least, check_choice, check_range, expected, first_few
+from nba_lightning.core.checks import check_at_least, check_choice, check_range, expected
 from nba_lightning.data.dataset import Batches, LabeledImages
 from nba_lightning.data.disk import DiskImages
-from nba_lightning.data.folder import Files, check_names, list_images, ordered, visible
+from nba_lightning.data.folder import Files, check_names
+from nba_lightning.data.listing import listed
 from nba_lightning.data.loading import SeededLoading
 from nba_lightning.data.partition import stratified_split
 from nba_lightning.data.sources import in_memory_if_small
@@ -122,7 +122,10 @@ class CleanImages(SeededLoading):
         """List the images, draw what is held out, read the images if they are few. Identical on every process."""
         if self._set is not None:
             return
-        paths, labels = self._listed()
+        self.classes, paths, labels = listed(self.root, self.given)
+        self.num_classes = len(self.classes)
+        text = "\n".join([*self.classes, *(f"{path} {(self.root / path).stat().st_size}" for path in paths)])
+        self._fingerprint = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
         if len(paths) > self.max_images:
             kept = stratified_split(labels, 1 - self.max_images / len(paths), self.seed)[0]
             rank_zero_warn(
@@ -134,12 +137,7 @@ class CleanImages(SeededLoading):
         disk = DiskImages(Files(self.root, paths, _MODES[self.channels]), labels, size, paths)
         share = held_out_share(len(paths)) if self.share is None else self.share
         self.training, self.held_out = stratified_split(labels, share, self.seed)
-        world = self._world()[1]
-        if self.batch_size is None:
-            self.batch_size = fitting_batch_size(len(self.training), world)
-        if len(self.training) < self.batch_size * world:
-            most = f"at most the {len(self.training)} training images over {world} processes"
-            raise expected("batch_size", most, self.batch_size)
+        self.batch_size_for(self._world()[1])
         self._set, self.image_shape = in_memory_if_small(disk, self.memory_limit_mib), disk.shape
         self._say(len(torch.unique(labels)))
 
@@ -167,14 +165,29 @@ class CleanImages(SeededLoading):
 
     def fingerprint(self) -> str:
         """A hash of the files' names and sizes and of the order of classes, to tell whether images are the same."""
-        paths, _ = self._listed(quiet=True)
-        text = "\n".join([*self.classes, *(f"{path} {(self.root / path).stat().st_size}" for path in paths)])
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        self.setup()
+        return self._fingerprint
+
+    def batch_size_for(self, processes: int) -> int:
+        """Images per batch and process: what was given, else what fits.
+
+        Args:
+            processes: that share the images.
+
+        Raises:
+            ValueError: if there are too few images.
+        """
+        size = self.batch_size or fitting_batch_size(len(self.training), processes)
+        if len(self.training) < size * processes:
+            raise expected(
+                "batch_size", f"at most the {len(self.training)} training images over {processes} processes", size
+            )
+        return size
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training images in a new order each epoch; the last incomplete batch is dropped."""
-        assert self.batch_size is not None
-        return self._loader(Batches(self._ready(), self.training), self.batch_size, shuffle=True)
+        images = Batches(self._ready(), self.training)
+        return self._loader(images, self.batch_size_for(self._world()[1]), shuffle=True)
 
     def held_out_dataloader(self) -> DataLoader[Any] | None:
         """The part that is held out; ``None`` where there is none."""
@@ -211,52 +224,6 @@ class CleanImages(SeededLoading):
             raise RuntimeError("Call CleanImages.setup() before asking for loaders.")
         return self._set
 
-    def _listed(self, quiet: bool = False) -> tuple[list[str], Tensor]:
-        """Image files, relative to the root, and their classes `(N,)`; sets ``classes``."""
-        found = {name: list_images(self.root, name) for name in sorted(class_folders(self.root))}
-        with_images = {name for name, (images, _) in found.items() if images}
-        if len(with_images) < 2:
-            raise expected("images", "a folder with images of at least 2 classes, as <class>/*", self._got(with_images))
-        if self.given is None and len(found) > len(with_images):
-            empty = first_few(sorted(found.keys() - with_images))
-            raise expected("classes", "given where class folders hold no image", f"None, with none in {empty}")
-        self.classes = list(self.given) if self.given is not None else ordered(with_images)
-        self.num_classes = len(self.classes)
-        unnamed = sorted(with_images - set(self.classes))
-        if unnamed:
-            raise expected(
-                "classes",
-                f"the names of all {len(with_images)} folders with images in {str(self.root)!r}",
-                f"none for {first_few(unnamed)}",
-            )
-        if not quiet:
-            self._tell(with_images, [path for _, others in found.values() for path in others])
-        images = {name: found[name][0] if name in found else [] for name in self.classes}
-        labels = [label for label, name in enumerate(self.classes) for _ in images[name]]
-        return [path for name in self.classes for path in images[name]], torch.tensor(labels)
-
-    def _got(self, with_images: set[str]) -> str:
-        parts = [name for name in ("train", "test", "val") if (self.root / name).is_dir()]
-        advice = f" (its parts are folders of their own: try {str(self.root / parts[0])!r})" if parts else ""
-        kinds = ", ".join(IMG_EXTENSIONS)
-        holds = (
-            f"images of {next(iter(with_images))!r} alone" if with_images else f"no class folder with a file {kinds}"
-        )
-        return f"{str(self.root)!r}, which has {holds}{advice}"
-
-    def _tell(self, with_images: set[str], others: list[str]) -> None:
-        missing = [name for name in self.classes if name not in with_images]
-        if missing:
-            rank_zero_warn(
-                f"{len(missing)} of {len(self.classes)} classes have no clean image: {first_few(missing)}. What the "
-                "network knows of them may be lost, and is measured by nothing here."
-            )
-        if others:
-            rank_zero_warn(
-                f"{len(others)} files in {str(self.root)!r} are left out, since their suffix is none of "
-                f"{', '.join(IMG_EXTENSIONS)}: {first_few(others)}."
-            )
-
     def _say(self, classes: int) -> None:
         train, held_out = len(self.training), len(self.held_out)
         said = f"{train + held_out:,} clean images of {classes} classes: {train:,} to train on, {held_out:,} held out"
@@ -267,15 +234,3 @@ class CleanImages(SeededLoading):
             rank_zero_warn(
                 f"{said}. What a fit costs in accuracy cannot be measured; more images are worth more than any setting."
             )
-
-
-def class_folders(root: Path) -> list[str]:
-    """Names of the folders that may hold a class each.
-
-    Raises:
-        ValueError: if the root is none.
-    """
-    if not root.is_dir():
-        got = f"{str(root)!r}, which {'is a file' if root.exists() else 'does not exist'}"
-        raise expected("images", "a folder with images as <class>/*", got)
-    return [path.name for path in root.iterdir() if visible(path.name) and path.is_dir()]

@@ -125,6 +125,22 @@ def test_a_ruined_teacher_ends_the_fit_before_its_first_step(trainer, tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+class FromElsewhere(FineTuning):
+    """Begins with other weights than those that came in, as NBA does with its teacher's."""
+
+    def setup(self, stage):
+        super().setup(stage)
+        with torch.no_grad():
+            self.model.fc.weight.copy_(self.model.fc.weight.roll(1, 0))
+
+
+def test_it_compares_with_the_network_that_came_in_not_with_what_the_fit_began_with(trainer):
+    guard = Guard()
+    with pytest.warns(UserWarning, match="Rejected: the fitted network is right on 0 of 60"):
+        fit(trainer, guard, ruined(), loader(60), module=FromElsewhere(Brightest(), lr=0.01))
+    assert guard.accuracies["suspicious"].value == 1.0
+
+
 def test_it_stops_early_where_that_is_asked_for(trainer, tmp_path):
     guard = Guard(every_n_epochs=2)
     with pytest.warns(UserWarning, match="Rejected"):
@@ -158,6 +174,7 @@ def test_a_second_fit_starts_afresh(trainer):
     guard, module = Guard(), FineTuning(Brightest(), lr=0.5)
     with pytest.warns(UserWarning, match="Rejected"):
         fit(trainer, guard, ruined(), loader(60), epochs=20, module=module)
+    assert "a gain" not in guard.sentence
     fit(trainer, guard, ruined(), loader(60), epochs=1, module=module)
     assert guard.verdict == "accepted"  # compared with what this fit began with
     assert guard.accuracies["suspicious"].value < 0.5
@@ -195,7 +212,9 @@ def test_a_loss_within_chance_is_accepted():
     predicted = labels.clone()
     predicted[:3] = 1  # 6 points, standard error 3.4
     guard._before = Answers(labels, labels)
-    assert guard._judge("student", Answers(labels, predicted))[0] == "accepted"
+    verdict, sentence = guard._judge("student", Answers(labels, predicted))
+    assert verdict == "accepted"
+    assert "the loss of 6.0 points (standard error 3.4) is more than `max_loss` (5.0 points), but may be ch" in sentence
     predicted[:6] = 1  # 12 points, standard error 4.6
     assert guard._judge("student", Answers(labels, predicted))[0] == "rejected"
 

@@ -59,7 +59,7 @@ def test_ten_images_are_fitted_with_none_held_out(tmp_path, trainer):
     data = CleanImages(str(write(tmp_path / "images", {"a": 5, "b": 5})))
     with pytest.warns(UserWarning, match="10 to train on, 0 held out. What a fit costs in accuracy cannot be meas"):
         trainer(limit_val_batches=None).fit(FineTuning(SmallCNN(num_classes=2, width=2)), data)
-    assert data.batch_size == 2
+    assert data.batch_size_for(1) == 2
     assert data.held_out_dataloader() is None
     assert data.val_dataloader() == []
 

@@ -1,0 +1,284 @@
+"""``nba-lightning clean``: from a folder of images to a cleaned network, or a sentence that says why not."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file, save_file
+
+import nba_lightning
+from nba_lightning import NBA, FineTuning
+from nba_lightning.app import fits
+from nba_lightning.app.cli import main
+from nba_lightning.core.features import predict
+from tests.app.conftest import write_images
+
+NETWORK = [
+    "--network",
+    "mine.Colours",
+    "--network.num_classes=3",
+    "--mean",
+    "[0.5,0.5,0.5]",
+    "--std",
+    "[0.25,0.25,0.25]",
+]
+QUICK = ["--teacher-steps", "10", "--student_steps=10", "--device=cpu", "--progress=false", "--scan=false"]
+COMMAND = ["clean", *NETWORK, *QUICK, "--weights", "suspicious.safetensors", "--images", "images"]
+
+
+class Ruined(NBA):
+    """Learns what is wrong."""
+
+    def training_step(self, batch, batch_idx):
+        images, labels = self.unpack(batch, batch_idx)
+        return F.cross_entropy(predict(self.model, images), (labels + 1) % 3)
+
+
+class RuinedTeacher(FineTuning):
+    """Learns what is wrong, at high rates."""
+
+    def training_step(self, batch, batch_idx):
+        images, labels = self.unpack(batch, batch_idx)
+        return F.cross_entropy(predict(self.model, images), (labels + (self.lr > 0.05)) % 3)
+
+
+def report(folder="cleaned"):
+    return json.loads((Path(folder) / "report.json").read_text())
+
+
+def test_it_leaves_a_cleaned_network_and_a_report(owner):
+    before = (owner / "suspicious.safetensors").read_bytes()
+    main([*COMMAND, "--scan=true"])
+    found = report()
+    assert set(found) >= {"accuracy", "scan", "chosen", "warnings", "versions", "seconds", "seed"}
+    assert set(found["accuracy"]) == {"suspicious", "teacher", "cleaned"}
+    for entry in found["accuracy"].values():
+        assert entry["images"] == 18
+        assert entry["held_out"] is True
+        assert entry["value"] == 1.0
+        assert [one["class"] for one in entry["per_class"]] == ["blue", "green", "red"]
+    assert set(found["scan"]) == {"before", "after"}
+    for part in found["scan"].values():
+        for rows in part["classes"].values():
+            assert [set(row) for row in rows] == [{"class", "statistic", "p_value"}] * 3
+        assert part["verdict"].keys() == part["classes"].keys()
+    assert {"optimiser", "rate", "steps", "batch", "layers"} <= set(found["chosen"])
+    assert found["chosen"]["layers"] == ["first"]
+    assert not any("no pictures" in warning for warning in found["warnings"])
+    assert Path("cleaned/report/pseudo.safetensors").is_file()
+    assert found["weights"]["network"] == "mine.Colours"
+    assert found["weights"]["arguments"] == {"num_classes": 3}
+    came, cleaned = load_file("suspicious.safetensors"), load_file("cleaned/cleaned.safetensors")
+    assert {name: value.dtype for name, value in cleaned.items()} == {n: v.dtype for n, v in came.items()}
+    assert not torch.equal(cleaned["fc.weight"], came["fc.weight"])
+    assert (owner / "suspicious.safetensors").read_bytes() == before
+    assert Path("cleaned/teacher.safetensors").is_file()
+    assert not Path("cleaned/fits").exists()
+    assert "mine" in Path("cleaned/report.html").read_text()
+
+
+def test_the_same_command_goes_on_and_another_is_refused(owner, capsys):
+    main(COMMAND)
+    before = {path.name: path.read_bytes() for path in Path("cleaned").glob("*.safetensors")}
+    seconds = report()["seconds"]
+    main(COMMAND)
+    assert {path.name: path.read_bytes() for path in Path("cleaned").glob("*.safetensors")} == before
+    assert report()["seconds"] == seconds
+    with pytest.raises(SystemExit, match=r"another run's results, .* other arguments: `max_loss` was 0.05, is 0.1\."):
+        main([*COMMAND, "--max-loss", "0.1"])
+    write_images(owner / "images", 31)
+    with pytest.raises(SystemExit, match=r"other arguments: `held_out` was 18, is 18|`images_hash` was"):
+        main(COMMAND)
+    (owner / "cleaned" / "state.json").unlink()
+    with pytest.raises(SystemExit, match=r"`output` to be a folder without results, but got 'cleaned' with cle"):
+        main(COMMAND)
+
+
+def test_a_network_that_lost_too_much_is_rejected(owner, monkeypatch, capsys):
+    monkeypatch.setattr(fits, "NBA", lambda network, **kwargs: Ruined(network, lr=0.5, **kwargs))
+    with pytest.raises(SystemExit) as end, pytest.warns(UserWarning, match="Rejected: the student"):
+        main([*COMMAND, "--student_steps=100"])
+    assert end.value.code == 3
+    assert not Path("cleaned/cleaned.safetensors").exists()
+    rejected = load_file("cleaned/rejected.safetensors")
+    assert rejected.keys() == load_file("suspicious.safetensors").keys()
+    found = report()
+    assert found["weights"]["file"] == "rejected.safetensors"
+    assert found["weights"]["handed_over"] is False
+    assert "The student lost too much clean accuracy. Rejected: the student is right on" in found["weights"]["reason"]
+    assert "max_loss" in found["weights"]["next"]
+    assert found["accuracy"]["cleaned"]["value"] < 0.9
+    with pytest.raises(SystemExit) as end:
+        main([*COMMAND, "--student_steps=100"])
+    assert end.value.code == 3
+    assert [path.name for path in Path("cleaned").glob("rejected*")] == ["rejected.safetensors"]
+
+
+def test_a_teacher_that_lost_too_much_gives_way_to_a_smaller_rate(owner, monkeypatch):
+    monkeypatch.setattr(fits, "FineTuning", RuinedTeacher)
+    with pytest.warns(UserWarning, match="Rejected: the fitted network"):
+        main([*COMMAND, "--teacher_steps=50"])
+    found = report()
+    assert found["chosen"]["teacher_rate"] == 0.02
+    assert found["warnings"][:2] == [
+        f"A teacher fine-tuned at rate {rate} was not taken: it was right on 0.0% of the held-out images."
+        for rate in (0.2, 0.06)
+    ]
+    assert found["accuracy"]["teacher"]["value"] == 1.0
+    assert Path("cleaned/cleaned.safetensors").is_file()
+    assert not Path("cleaned/rejected.safetensors").exists()
+
+
+def test_without_any_good_teacher_nothing_is_aligned(owner, monkeypatch):
+    monkeypatch.setattr(fits, "FineTuning", RuinedTeacher)
+    monkeypatch.setattr(fits, "TEACHER_RATES", (0.2, 0.06))
+    with pytest.raises(SystemExit) as end, pytest.warns(UserWarning, match="Rejected"):
+        main([*COMMAND, "--teacher_steps=50"])
+    assert end.value.code == 3
+    assert sorted(path.name for path in Path("cleaned").glob("*.safetensors")) == ["rejected.safetensors"]
+    assert report()["weights"]["reason"].startswith("The teacher lost too much")
+
+
+class Endless(FineTuning):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * float("inf" if self.lr > 0.1 else 1)
+
+
+def test_a_rate_at_which_the_loss_becomes_infinite_is_not_taken(owner, monkeypatch):
+    monkeypatch.setattr(fits, "FineTuning", Endless)
+    main(COMMAND)
+    assert report()["chosen"]["teacher_rate"] == 0.06
+    assert report()["warnings"][0].endswith("0.2 was not taken: the loss became infinite.")
+
+
+class CtrlC(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            raise KeyboardInterrupt
+
+
+class Interrupted(NBA):
+    def configure_callbacks(self):
+        return [*super().configure_callbacks(), CtrlC()]
+
+
+def test_ctrl_c_keeps_what_is_done(owner, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(fits, "NBA", Interrupted)
+        with pytest.raises(SystemExit) as end:
+            main(COMMAND)
+    assert end.value.code == 130
+    said = capsys.readouterr().err
+    assert "Interrupted. Kept are state.json, teacher.safetensors in cleaned; the same command goes on" in said
+    teacher = Path("cleaned/teacher.safetensors").stat().st_mtime_ns
+    main(COMMAND)
+    assert Path("cleaned/cleaned.safetensors").is_file()
+    assert Path("cleaned/teacher.safetensors").stat().st_mtime_ns == teacher
+
+
+def test_another_order_of_classes_is_found(owner):
+    with pytest.raises(SystemExit) as end:
+        main([*COMMAND, "--classes", "[red,blue,green]"])
+    said = str(end.value)
+    assert "right on at least half of its clean images, but it is on 0 of 90" in said
+    assert "30 of 30 images of 'red' as class 2 ('green')" in said
+    assert "With `--classes [blue,green,red]` it would be right on 90: is that its order?" in said
+    main([*COMMAND, "--classes", "[blue,green,red]"])
+
+
+def test_further_classes_of_the_network_are_said(owner):
+    state = load_file("suspicious.safetensors")
+    more = {
+        "fc.weight": F.pad(state["fc.weight"], (0, 0, 0, 2)),
+        "fc.bias": F.pad(state["fc.bias"], (0, 2), value=-9.0),
+    }
+    save_file({**state, **more}, "five.safetensors")
+    five = [*COMMAND, "--network.num_classes=5", "--weights=five.safetensors"]
+    with pytest.raises(
+        SystemExit, match="`classes` to be the names of the network's 5 classes in its order, but got 3 f"
+    ):
+        main(five)
+    with pytest.warns(UserWarning, match="1 of 4 classes have no clean image: black"):
+        main([*five, "--classes=[blue,green,red,black]"])
+    assert report()["classes"] == ["blue", "green", "red", "black", "class 4"]
+    assert "The network has 1 more classes than have names" in report()["warnings"][0]
+
+
+def test_ten_images_are_cleaned_and_said_to_prove_nothing(owner):
+    shutil.rmtree("images")
+    write_images(owner / "images", 4)
+    with pytest.warns(UserWarning, match="0 held out"):
+        main(COMMAND)
+    found = report()
+    assert found["accuracy"]["cleaned"]["held_out"] is False
+    assert found["accuracy"]["cleaned"]["images"] == 12
+    assert any("cannot know what the student lost" in warning for warning in found["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--network=mine.Nothing"], r"`network` to be the import path of a class or function, .* 'mine.Nothing' \("),
+        (
+            ["--network=mine.number"],
+            r"`network` to be a class or function that gives an nn.Module, but got int of mine",
+        ),
+        (["--network.depth=3"], r"callable with the arguments `--network.NAME VALUE`, but got mine.Colours\(num_cl"),
+        (["--mean=null"], r"`mean` to be given with `std`: the normalisation"),
+        (["--channels=1"], r"`image_size` to be the height and width that Colours takes \(and `channels` 1 or 3\)"),
+        (["--output=mine.py"], r"`output` to be a folder, but got 'mine.py': .* is a file"),
+        (["--images=nothing"], r"`images` to be a folder with images as <class>/\*, but got 'nothing', which does"),
+        (["--max_loss=2"], r"`max_loss` to be in \[0, 1\]"),
+        (["--weights=none.pth"], r"`weights` to be an existing file"),
+        (["--max-lost=2"], r"an option of this command, but got '--max_lost'. Did you mean `?--max_loss"),
+    ],
+)
+def test_bad_input_is_one_sentence(owner, arguments, message):
+    with pytest.raises(SystemExit, match=message) as end:
+        main([*COMMAND, *arguments])
+    assert len(str(end.value).splitlines()) <= 2
+    assert not Path("cleaned/report.json").exists()
+
+
+def test_a_full_disk_is_one_sentence(owner, monkeypatch):
+    usage = type("Usage", (), {"free": 2**20})
+    with monkeypatch.context() as patch:
+        patch.setattr("nba_lightning.app.chain.shutil.disk_usage", lambda path: usage)
+        with pytest.raises(SystemExit, match=r"`output` to be on a disk with about 16 MiB free, but got 'cleaned'"):
+            main(COMMAND)
+
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr("nba_lightning.callbacks.cleaned_weights.save_weights", full)
+    with pytest.raises(SystemExit, match="No space left on the disk .* What was written before is kept"):
+        main(COMMAND)
+
+
+def test_in_python_a_network_in_and_a_report_out(owner):
+    import mine
+
+    network = mine.good()
+    with torch.no_grad():
+        network.fc.weight.copy_(network.fc.weight[[2, 1, 0]])
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    found = nba_lightning.clean(
+        network, "images", "out", teacher_steps=5, student_steps=5, scan=False, device="cpu", progress=False
+    )
+    assert found == report("out")
+    assert found["accuracy"]["suspicious"]["value"] == 1.0
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_it_runs_from_any_folder(owner):
+    command = [sys.executable, "-m", "nba_lightning", *COMMAND]
+    ran = subprocess.run(command, cwd=owner, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "Traceback" not in ran.stderr
+    assert Path("cleaned/cleaned.safetensors").is_file()
