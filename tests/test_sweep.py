@@ -3,8 +3,9 @@
 import math
 
 import pytest
+from torch import nn
 
-from nba_lightning.training.sweep import allowed_loss, keeps, strongest_rate
+from nba_lightning.training.sweep import RATES, USUAL_RATE, allowed_loss, keeps, strongest_rate, usual_optimizer
 
 
 def test_the_largest_rate_that_keeps_the_accuracy_is_taken_wherever_it_stands():
@@ -59,3 +60,12 @@ def test_a_better_network_keeps_its_accuracy():
 def test_what_cannot_be_is_refused(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_the_optimiser_follows_the_kind_of_the_network():
+    depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8))
+    plain = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    grouped = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2))
+    assert [usual_optimizer(one) for one in (depthwise, plain, grouped)] == ["AdamW", "SGD", "SGD"]
+    assert usual_optimizer(nn.Sequential(plain, nn.LayerNorm(4))) == "AdamW"
+    assert all(USUAL_RATE[kind] in rates and list(rates) == sorted(rates)[::-1] for kind, rates in RATES.items())

@@ -113,7 +113,7 @@ def _chain(
     last, role, files = teacher, "teacher", {"cleaned": teacher["file"]}
     curves = list(teacher["curve"])
     if teacher["verdict"] != "rejected":
-        last, role = run.align(run.with_weights(teacher["file"]), student_steps), "student"
+        last, role = run.align(run.with_weights(teacher["file"]), teacher["chosen"]["rate"], student_steps), "student"
         files = {"teacher": teacher["file"], "cleaned": last["file"]}
         curves += last["curve"]
     if scan:

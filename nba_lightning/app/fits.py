@@ -26,13 +26,9 @@ from nba_lightning.defenses import NBA, FineTuning
 from nba_lightning.io.checkpoints import SafeCheckpointIO
 from nba_lightning.pseudo import TriggerFamilies
 from nba_lightning.training import Defense
-from nba_lightning.training.sweep import keeps, strongest_rate
+from nba_lightning.training.sweep import RATES, USUAL_RATE, keeps, strongest_rate, usual_optimizer
 
-TEACHER_STEPS, STUDENT_STEPS = 500, 1000
-TEACHER_RATE = 0.02
-"""Learning rate of the teacher where no image is held out to measure what it costs."""
-TEACHER_RATES = (0.2, 0.06, 0.02, 0.006, 0.002)
-"""Its rates else, the strongest first: one that costs too much accuracy gives way to the next."""
+TEACHER_STEPS, STUDENT_STEPS = 450, 450
 _LEAST_EPOCHS = 5
 _SAVE_EVERY = timedelta(minutes=1)
 _CURVE = 20
@@ -189,7 +185,7 @@ def fit_teacher(
     """Fine-tune copies of the network on synthetic triggers too, with the strongest rate that clean accuracy allows.
 
     Rates are tried from the strongest down; see :mod:`nba_lightning.training.sweep`. Without held-out images nothing
-    tells them apart, and the shipped one is taken.
+    tells them apart, and the usual one is taken.
 
     Returns:
         What came of the chosen fit, whose weights are in ``teacher.safetensors`` (or ``rejected.safetensors``), and a
@@ -198,7 +194,8 @@ def fit_teacher(
     tried: dict[float, dict[str, Any]] = {}
     measured: dict[float, float] = {}
     before, images = 0.0, 0
-    for rate in TEACHER_RATES if held_out else (TEACHER_RATE,):
+    kind = usual_optimizer(network)
+    for rate in RATES[kind] if held_out else (USUAL_RATE[kind],):
         one = link(f"teacher {rate:g}")
         tried[rate] = chain.step(one.name, partial(_try, network, one, rate, seed, show))
         measured[rate], figures = 0.0, tried[rate]["accuracies"]
@@ -224,7 +221,7 @@ def fit_teacher(
 def _try(network: nn.Module, link: Link, rate: float, seed: int, show: bool) -> dict[str, Any]:
     """A teacher of one rate; weights stay in the link's folder."""
     say(f"  fine-tuning at rate {rate:g}: {link.cost()}", show)
-    module = FineTuning(copy.deepcopy(network), pseudo=TriggerFamilies(), lr=rate, seed=seed)
+    module = FineTuning(copy.deepcopy(network), pseudo=TriggerFamilies(), seed=seed, **_optimizer(network, rate))
     try:
         found = link.fit(module, link.folder / "teacher.safetensors")
     except NonFiniteLossError as error:
@@ -233,19 +230,26 @@ def _try(network: nn.Module, link: Link, rate: float, seed: int, show: bool) -> 
     return {**found, "file": f"{link.folder.name}/{found['file']}"}
 
 
+def _optimizer(network: nn.Module, rate: float) -> dict[str, Any]:
+    """A defence's arguments for the network's usual optimiser at a rate."""
+    if usual_optimizer(network) == "SGD":
+        return {"lr": rate}
+    return {"optimizer": partial(torch.optim.AdamW, lr=rate), "warmup": 0.05}
+
+
 @rank_zero_only
 def _take(source: Path, to: Path) -> None:
     shutil.copyfile(source, to)
 
 
 def fit_student(
-    network: nn.Module, teacher: nn.Module, link: Link, chain: Chain, seed: int, show: bool
+    network: nn.Module, teacher: nn.Module, rate: float, link: Link, chain: Chain, seed: int, show: bool
 ) -> dict[str, Any]:
-    """Align a copy of the network with the teacher, and keep pictures of what it was aligned on."""
+    """Align a copy of the network with the teacher at the teacher's rate; keep pictures of what it was aligned on."""
 
     def work() -> dict[str, Any]:
         say(f"  {link.cost()}", show)
-        module = NBA(copy.deepcopy(network), teacher=teacher, seed=seed)
+        module = NBA(copy.deepcopy(network), teacher=teacher, seed=seed, **_optimizer(network, rate))
         found = link.fit(module, chain.folder / "cleaned.safetensors")
         return {**found, "warnings": save_pictures(chain.folder / "report", module, network, link.data)}
 

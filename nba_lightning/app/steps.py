@@ -99,11 +99,11 @@ class Cleaning:
         self.warnings += tried
         return found
 
-    def align(self, teacher: nn.Module, steps: int) -> dict[str, Any]:
-        """Align the student with the teacher."""
+    def align(self, teacher: nn.Module, rate: float, steps: int) -> dict[str, Any]:
+        """Align the student with the teacher, at the teacher's rate."""
         say("5/6  The student: the network, aligned with the teacher", self.show)
         link = self._link("student", steps)
-        found = fit_student(self.network, teacher, link, self.chain, self.seed, self.show)
+        found = fit_student(self.network, teacher, rate, link, self.chain, self.seed, self.show)
         self.warnings += found["warnings"]
         return found
 

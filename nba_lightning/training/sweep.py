@@ -2,10 +2,29 @@
 
 import math
 from collections.abc import Mapping
+from typing import Literal
+
+from torch import nn
 
 from nba_lightning.core.checks import check_at_least, check_range, expected
 
 LEAST_LOSS = 0.015
+RATES = {"SGD": (0.2, 0.06, 0.02, 0.006, 0.002), "AdamW": (3e-3, 1e-3, 3e-4, 1e-4)}
+"""Learning rates to try with each optimiser, the strongest first."""
+USUAL_RATE = {"SGD": 0.02, "AdamW": 1e-3}
+"""Where nothing can be measured."""
+
+
+def usual_optimizer(network: nn.Module) -> Literal["SGD", "AdamW"]:
+    """The optimiser of a network's kind: AdamW for those with layer normalisation or depthwise convolutions.
+
+    Transformers, ConvNeXt, EfficientNet and MobileNet are trained by adaptive optimisers, and plain SGD ruins them long
+    before it removes anything; plain residual and convolutional networks take SGD with momentum.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.LayerNorm) or (isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels):
+            return "AdamW"
+    return "SGD"
 
 
 def allowed_loss(baseline: float, images: int) -> float:

@@ -137,7 +137,7 @@ def test_a_teacher_that_lost_too_much_gives_way_to_a_smaller_rate(owner, monkeyp
 
 def test_without_any_good_teacher_nothing_is_aligned(owner, monkeypatch):
     monkeypatch.setattr(fits, "FineTuning", RuinedTeacher)
-    monkeypatch.setattr(fits, "TEACHER_RATES", (0.2, 0.06))
+    monkeypatch.setitem(fits.RATES, "SGD", (0.2, 0.06))
     with pytest.raises(SystemExit) as end, pytest.warns(UserWarning, match="Rejected"):
         main([*COMMAND, "--teacher_steps=50"])
     assert end.value.code == 3
