@@ -9,6 +9,7 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,8 @@ from nba_lightning.io.weights import load_weights, save_weights
 from nba_lightning.training.distillation import Distillation
 from nba_lightning.training.sweep import allowed_loss, keeps, strongest_rate
 
-TEACHER = "fine_tuning"
+TEACHERS = {"NBA": "teacher", "NAD": "fine_tuning"}
+"""The configuration that makes the teacher of each method."""
 FACTORS = tuple(10 ** (half / 2) for half in (2, 1, 0, -1, -2))
 """Rates of a sweep, as multiples of the configuration's, the strongest first."""
 
@@ -103,7 +105,7 @@ def needs_teacher(spec: Any, network: Any) -> bool:
 
 def teacher_config(found: Any) -> Any:
     """The teacher's fit, on the images of the defence whose configuration is ``found``."""
-    own = config("defense", TEACHER)
+    own = config("defense", TEACHERS[found["model"]["class_path"].rpartition(".")[2]])
     subset = {name: value for name, value in found["data"]["init_args"].items() if name != "batch_size"}
     return merged(own, {"data": {"init_args": subset}})
 
@@ -119,7 +121,10 @@ def settings_of(found: Any, images: int, network: Any) -> dict[str, Any]:
 def _settings(found: Any, images: int) -> dict[str, Any]:
     subset = found["data"]["init_args"]
     subset = subset | {"batch_size": min(subset["batch_size"], images)}  # a small set may have less than one batch
-    return {"epochs": found["trainer"]["max_epochs"], **found["model"], **subset}
+    epochs, steps = (found["trainer"].get(name, -1) for name in ("max_epochs", "max_steps"))
+    if epochs < 0:  # as many as the steps need
+        epochs = math.ceil(steps / (images // subset["batch_size"]))
+    return {"epochs": epochs, **found["model"], **subset}
 
 
 def clean(args: argparse.Namespace, found: Any, subject: Subject, sweep: bool = False) -> tuple[nn.Module, Kept]:
