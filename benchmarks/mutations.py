@@ -62,7 +62,7 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("fine-pruning: cut weights learn again", "defenses/fine_pruning.py", "super().optimizer_step(*args, **kwargs)\n        self._cut()", "super().optimizer_step(*args, **kwargs)", "defenses/fine_pruning"),
     ("fine-pruning: looks in train mode", "defenses/fine_pruning.py", "with evaluating(self.model), self.trainer", "with self.trainer", "defenses/fine_pruning"),
     ("fine-pruning: decides by training images", "defenses/fine_pruning.py", "features, labels = self._features(held_out)", "self._features(held_out)", "defenses/fine_pruning"),
-    ("fine-pruning: ranks by augmented images", "defenses/fine_pruning.py", "augmented=False", "augmented=True", "defenses/fine_pruning"),
+    ("fine-pruning: ranks by augmented images", "io/batches.py", 'replace(given, stage="evaluate", roles=None)', "given", "defenses/fine_pruning"),
     ("fine-pruning: each process decides for itself", "defenses/fine_pruning.py", "self.all_gather((torch.cat(caught), torch.cat(labels)))", "(torch.cat(caught)[None], torch.cat(labels)[None])", "defenses/fine_pruning"),
     # Pseudo samples.
     ("crafting: KL(S || T)", "pseudo/base.py", "kl_divergence(teacher_logits, student_logits)", "kl_divergence(student_logits, teacher_logits)", "pseudo"),

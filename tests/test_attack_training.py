@@ -27,7 +27,7 @@ def small():
 
 
 def test_input_aware_implants_and_its_trigger_comes_back_from_the_checkpoint(small, trainer, tmp_path):
-    data = digits(InputAware(width=8, target=3, poison_rate=0.25, cross_ratio=0.2))
+    data = digits(InputAware(width=8, target=3, poison_rate=0.25, cross_ratio=0.2), train_on="untriggered")
     module = InputAwareTraining(small, mask_epochs=2, mask_density=0.1)
     runner = trainer(max_epochs=16, enable_checkpointing=True)
     runner.fit(module, data)
@@ -65,7 +65,7 @@ def test_masks_are_trained_before_the_classifier(small, trainer):
             if trainer.current_epoch == 0:
                 assert all(torch.equal(value, before[name]) for name, value in pl_module.model.state_dict().items())
 
-    trainer(max_epochs=2, callbacks=[Look()]).fit(module, digits(InputAware(width=8)))
+    trainer(max_epochs=2, callbacks=[Look()]).fit(module, digits(InputAware(width=8), train_on="untriggered"))
     start, first, second = (state["last.weight"] for state in masks)
     assert not torch.equal(start, first)
     assert torch.equal(first, second)
@@ -84,7 +84,7 @@ def test_input_aware_training_resumed_equals_uninterrupted(small, trainer, tmp_p
                 trainer.should_stop = trainer.current_epoch >= stop
 
         runner = trainer(max_epochs=3, enable_checkpointing=True, callbacks=[saver, Stop()])
-        runner.fit(module, digits(InputAware(width=8)), ckpt_path=ckpt_path, weights_only=True)
+        runner.fit(module, digits(InputAware(width=8), train_on="untriggered"), ckpt_path=ckpt_path, weights_only=True)
         return module.state_dict()
 
     whole = run(9)
@@ -106,7 +106,7 @@ def test_diversity_loss_by_hand():
 
 
 def test_the_encoder_learns_to_hide_a_string_and_travels(trainer, tmp_path):
-    data = digits(SSBA(secret="ab", width=8), batch_size=32)
+    data = digits(SSBA(secret="ab", width=8), train_on="untriggered", batch_size=32)
     module = Steganography(image_weight=5.0)
     runner = trainer(max_epochs=15, enable_checkpointing=True, limit_val_batches=1.0)
     runner.fit(module, data)
@@ -128,7 +128,7 @@ def test_the_wrong_attack_or_too_few_epochs_are_named(small, trainer):
     with pytest.raises(ValueError, match="Expected `attack` to be an SSBA for Steganography, but got BadNets"):
         trainer().fit(Steganography(), digits(BadNets()))
     with pytest.raises(ValueError, match="Expected `max_epochs` to be above the 2 `mask_epochs`, but got 1"):
-        trainer(max_epochs=1).fit(InputAwareTraining(small), digits(InputAware(width=8)))
+        trainer(max_epochs=1).fit(InputAwareTraining(small), digits(InputAware(width=8), train_on="untriggered"))
     with pytest.raises(ValueError, match="fit nba_lightning.implants.InputAwareTraining"):
         trainer().fit(Classifier(small), digits(InputAware(width=8)))
 
@@ -190,11 +190,11 @@ def test_a_named_state_wins_over_a_checkpoint_in_a_test(small, trainer, tmp_path
 
 def test_an_untrained_generator_is_not_tested(small, trainer):
     with pytest.raises(ValueError, match="fit nba_lightning.implants.InputAwareTraining"):
-        trainer().test(InputAwareTraining(small), digits(InputAware(width=8)), verbose=False)
+        trainer().test(InputAwareTraining(small), digits(InputAware(width=8), train_on="untriggered"), verbose=False)
 
 
 def test_a_tested_encoder_can_still_poison_and_gets_no_gradient(small, trainer):
-    data = digits(SSBA(width=8))
+    data = digits(SSBA(width=8), train_on="untriggered")
     data.setup()
     data.attack.ready = True
     trainer().test(Classifier(small), data, verbose=False)
@@ -204,19 +204,23 @@ def test_a_tested_encoder_can_still_poison_and_gets_no_gradient(small, trainer):
 
 def test_the_generators_are_in_the_checkpoint_once(small, trainer, tmp_path):
     runner = trainer(max_epochs=2, enable_checkpointing=True)
-    runner.fit(InputAwareTraining(small, mask_epochs=1), digits(InputAware(width=8)))
+    runner.fit(InputAwareTraining(small, mask_epochs=1), digits(InputAware(width=8), train_on="untriggered"))
     runner.save_checkpoint(tmp_path / "m.ckpt")
     content = torch.load(tmp_path / "m.ckpt", weights_only=True)
     assert not any(name.startswith("attack.") for name in content["state_dict"])
     assert any(name.startswith("pattern_network") for name in content["BackdoorDataModule"]["attack"])
     trainer().test(
-        Classifier(small), digits(InputAware(width=8)), ckpt_path=tmp_path / "m.ckpt", verbose=False, weights_only=True
+        Classifier(small),
+        digits(InputAware(width=8), train_on="untriggered"),
+        ckpt_path=tmp_path / "m.ckpt",
+        verbose=False,
+        weights_only=True,
     )
 
 
 def test_a_schedule_of_one_s_own_is_used(small, trainer):
     module = InputAwareTraining(small, mask_epochs=1, scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5))
-    trainer(max_epochs=3).fit(module, digits(InputAware(width=8)))
+    trainer(max_epochs=3).fit(module, digits(InputAware(width=8), train_on="untriggered"))
     assert module.optimizers()[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.25)
 
 
@@ -227,7 +231,7 @@ def test_the_patterns_come_to_rest_with_the_classifier(small, trainer):
         def on_train_batch_end(self, trainer, pl_module, *args):
             seen.append([optimizer.param_groups[0]["lr"] for optimizer in pl_module.optimizers()])
 
-    trainer(max_epochs=3, callbacks=[Look()]).fit(module, digits(InputAware(width=8)))
+    trainer(max_epochs=3, callbacks=[Look()]).fit(module, digits(InputAware(width=8), train_on="untriggered"))
     classifier, pattern, mask = (torch.tensor(rates) for rates in zip(*seen, strict=True))
     third = len(seen) // 3
     assert pattern[: third - 1].eq(0.01).all()  # the masks' epoch
@@ -238,7 +242,10 @@ def test_the_patterns_come_to_rest_with_the_classifier(small, trainer):
 
 def test_mask_diversity_is_in_units_of_the_images_spread(small, trainer):
     """Images of half the contrast ask for the same masks."""
-    module, data = InputAwareTraining(small, mask_epochs=1, lambda_norm=0.0), digits(InputAware(width=8))
+    module, data = (
+        InputAwareTraining(small, mask_epochs=1, lambda_norm=0.0),
+        digits(InputAware(width=8), train_on="untriggered"),
+    )
     trainer(max_steps=1, max_epochs=2).fit(module, data)
     images = torch.rand(8, 1, 8, 8)
     masks = torch.rand(8, 1, 8, 8)

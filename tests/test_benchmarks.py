@@ -233,7 +233,7 @@ def test_a_cell_that_was_killed_goes_on_to_the_same_figures(grid, tmp_path):
     folder, _ = grid
     shutil.copytree(folder / "work", tmp_path / "work")
     shutil.copytree(folder / "a", tmp_path / "a")
-    cell = ("--attacks", "badnets", "--defenses", "nad", "--seeds", "0", "--label", "short", "--set", "epochs=10")
+    cell = ("--attacks", "badnets", "--defenses", "nad", "--seeds", "0", "--label", "short", "--set", "epochs=60")
     path = tmp_path / "d" / "badnets-short-0.json"
     saved = killed(tmp_path, *cell, "--save-every", "0")
     assert not path.exists()

@@ -34,7 +34,10 @@ def failing_fit(*arguments):
         (["--model.lr=-1"], "Expected `lr` to be in (0, inf], but got -1.0. (--model.lr)"),
         (["--model.model.width=-1"], "Expected `width` to be at least 1, but got -1. (--model.model.width)"),
         (["--data.attack.size=abc"], "Expected `--data.attack.size` to be int, but got 'abc'."),
-        (["--data.train_on=poison"], "Expected `--data.train_on` to be one of poisoned, clean, but got 'poison'."),
+        (
+            ["--data.train_on=poison"],
+            "Expected `--data.train_on` to be one of poisoned, clean, untriggered, but got 'poison'.",
+        ),
         (["--data.attack=BadNet"], "Expected `--data.attack` to name a class, but got 'BadNet'. Did you mean BadNets"),
         (["--data.attack=nba_lightning.attacks.BadNet"], "got 'nba_lightning.attacks.BadNet'. Did you mean BadNets"),
         (["--data.attack=nba_lightnin.attacks.BadNets"], "(No module named 'nba_lightnin'). Did you mean BadNets?"),
@@ -82,7 +85,7 @@ def test_errors_of_a_config_name_the_option(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "Expected one of fit, validate, test, predict, demo, report first"),
+        ([], "Expected one of fit, validate, test, predict, clean, scan, demo, report first"),
         (["fitt"], "but got 'fitt'. Did you mean fit?"),
         (["fit"], "Expected `--data` and `--model`, or a `--config` that gives it"),
         (["demo", "--outputt", "x"], "Expected an option of this command, but got '--outputt'. Did you mean --output?"),
@@ -90,6 +93,9 @@ def test_errors_of_a_config_name_the_option(tmp_path):
 )
 def test_errors_of_commands(arguments, sentence):
     assert sentence in failing(*arguments)
+
+
+FULL = "No space left on the disk ([Errno 28] No space left on device{}). What was written before is kept."
 
 
 @pytest.mark.parametrize(
@@ -100,8 +106,14 @@ def test_errors_of_commands(arguments, sentence):
         (PermissionError(errno.EACCES, "Permission denied", "a/b"), "Permission denied: 'a/b'"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "Is a directory: 'a'"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a"), "Not a directory: 'a'"),
-        (OSError(errno.ENOSPC, "No space left on device", "tmp", None, "a"), "No space left on device: 'a'"),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device."),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "tmp", None, "a"),
+            FULL.format(": 'tmp' -> 'a'"),
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            FULL.format(""),
+        ),
         (ValueError("Expected `a` to be b, but got c."), "Expected `a` to be b, but got c."),
         (AttributeError("a bug"), f"AttributeError: a bug\n{ADVICE}"),
         (ValueError("of somebody else"), f"ValueError: of somebody else\n{ADVICE}"),

@@ -151,7 +151,8 @@ def test_start_up_prints_what_is_ours(tmp_path):
     command = [sys.executable, "-m", "nba_lightning", "fit", *PARTS, *QUICK, "--trainer.max_epochs=1"]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=100)
     assert run.stdout == ""
-    stopped, cleaned, checkpoints = run.stderr.splitlines()
+    untrained, stopped, cleaned, checkpoints = run.stderr.splitlines()
+    assert "no better than chance" in untrained  # the network of this command has no weights
     assert stopped == "`Trainer.fit` stopped: `max_epochs=1` reached."
     assert cleaned.startswith("Cleaned weights: ")
     assert checkpoints.startswith("Checkpoints: ")

@@ -109,7 +109,7 @@ def test_sau_s_small_gradients_keep_their_signs_in_float16():
 
 
 def test_joint_training_in_half_precision(network, trainer):
-    data = BackdoorDataModule(attack=InputAware(width=8), batch_size=256)
+    data = BackdoorDataModule(attack=InputAware(width=8), train_on="untriggered", batch_size=256)
     runner = trainer(max_epochs=2, precision="bf16-true")
     runner.fit(InputAwareTraining(network, mask_epochs=1), data)
     assert runner.test(Classifier(network), data, verbose=False)[1]["test/asr"] >= 0
@@ -145,7 +145,7 @@ def test_a_backdoor_is_implanted_in_bfloat16_as_in_float32(trainer):
 def test_images_are_converted_last(clean_digits, trainer):
     class Look(FineTuning):
         def training_step(self, batch, batch_idx):
-            assert batch[0].dtype == torch.bfloat16
+            assert batch.images.dtype == torch.bfloat16
             return super().training_step(batch, batch_idx)
 
     trainer(max_steps=1, precision="bf16-true").fit(Look(SmallCNN(width=4, in_channels=1)), clean_digits)

@@ -189,7 +189,8 @@ def test_the_smooth_picture_is_smooth_strong_and_the_same_again(tmp_path):
 def test_strangers_networks_fit_their_images_and_name_layers(name):
     from common import build
 
-    from nba_lightning.core.features import features, resolve_layers
+    from nba_lightning.core.features import features
+    from nba_lightning.core.layers import resolve_layers
     from nba_lightning.io.adapters import check_fit
 
     spec = yaml.safe_load((BENCHMARKS / "settings" / f"{name}.yaml").read_text())["network"]

@@ -32,8 +32,8 @@ def batches():
 
 
 def keep(student, **kwargs):
-    made = Verification(size=0.1, steps=20, images=300, **kwargs)
-    share = made.keep(student, Net(0.0), Net(2000.0), batches(), generator_for(1))
+    made = Verification(sizes=(0.1,), steps=20, images=300, **kwargs)
+    share = made.keep(student, Net(0.0), Net(2000.0), batches(), 100, generator_for(1))
     return share, made
 
 

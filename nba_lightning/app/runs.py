@@ -66,7 +66,9 @@ def check_free(trainer: pl.Trainer, ckpt_path: str | None, overwrite: bool) -> N
             f"There is no last.ckpt in {folder}: this fit starts from the beginning. "
             "(`--checkpoint.dirpath` names the folder of a run.)"
         )
-    if found and ckpt_path is None and not overwrite and not _requeued(trainer):
+    if overwrite and ckpt_path is None:
+        (folder / "cleaned.safetensors").unlink(missing_ok=True)  # else the new one would get a number
+    elif found and ckpt_path is None and not _requeued(trainer):
         raise ValueError(
             f"Expected `--checkpoint.dirpath` to be a folder without results, but got {str(folder)!r} with "
             f"{' and '.join(found)} of another run. Use `--ckpt_path last` to go on with it, another folder "

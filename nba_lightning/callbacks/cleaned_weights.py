@@ -17,11 +17,11 @@ class CleanedWeights(Callback):
     """Write ``module.model``'s state dict as `.safetensors` at the end of ``fit``, beside the checkpoints.
 
     Keys and dtypes are those of the network that came in. A file that is there already, of another fit, stays: the new
-    one gets a number, as Lightning numbers checkpoints (``cleaned-v1.safetensors``). A fit that ended before its last
-    step, by ``max_time`` for instance, writes ``unfinished.safetensors`` instead and says so; one that
-    ``EarlyStopping`` ended has ended as was planned. What a :class:`~nba_lightning.callbacks.Guard` among the Trainer's
-    callbacks rejects is written as ``rejected.safetensors``. Nothing is written in a ``fast_dev_run`` or after an
-    interruption.
+    one gets a number, as Lightning numbers checkpoints (``cleaned-v1.safetensors``); the same fit that goes on replaces
+    it. A fit that ended before its last step, by ``max_time`` for instance, writes ``unfinished.safetensors`` instead
+    and says so; one that ``EarlyStopping`` ended has ended as was planned. What a
+    :class:`~nba_lightning.callbacks.Guard` among the Trainer's callbacks rejects is written as
+    ``rejected.safetensors``. Nothing is written in a ``fast_dev_run`` or after an interruption.
 
     Args:
         path: another file to write, replaced if it is there; ``None`` is ``cleaned.safetensors`` in the folder of the
@@ -51,7 +51,7 @@ class CleanedWeights(Callback):
                 f"The fit ended at step {trainer.global_step}, before its last one, so its weights are not called "
                 f"cleaned: {path}. Go on by `ckpt_path`, or give it the time."
             )
-        elif self.path is None:
+        elif self.path is None and not trainer.ckpt_path:
             path = _free(path)
         self._write(path, pl_module)
 

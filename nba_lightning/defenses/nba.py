@@ -24,6 +24,7 @@ from nba_lightning.core.randomness import generator_for
 from nba_lightning.io.batches import clean_batches, plain_batches
 from nba_lightning.pseudo import PseudoSamples, TriggerFamilies
 from nba_lightning.training.distillation import Distillation
+from nba_lightning.training.schedule import batches_of_an_epoch
 from nba_lightning.training.verification import Verification
 
 
@@ -233,6 +234,7 @@ class NBA(Distillation):
                 self.teacher_network(),
                 self.suspicious.network,
                 (batch.images for batch in batches),
+                batches_of_an_epoch(self.trainer),
                 generator,
                 self.reduce,
             )

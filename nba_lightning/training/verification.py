@@ -20,9 +20,11 @@ class Verification:
     For each class k a small universal perturbation :math:`d_k` is crafted that the suspicious network falls for and the
     teacher withstands. A backdoor makes the target class easy to reach, and a student that has learned it falls for
     :math:`d_k` too. A class is *suspected* if :math:`d_k` wins it ``suspected`` more of the images from the suspicious
-    network than from the teacher. Of the networks :math:`T + r (S - T)` on the way from the teacher T to the student S,
-    r from ``shares``, the first is kept from which no suspected class wins more than ``margin`` more images than from
-    the teacher, and no other class more than ``margin_elsewhere``; r is 0, and the student the teacher, if none does.
+    network than from the teacher; perturbations grow through ``sizes`` until a class is, or until the teacher falls for
+    them on ``suspected`` of the images itself. Of the networks :math:`T + r (S - T)` on the way from the teacher T to
+    the student S, r from ``shares``, the first is kept from which no suspected class wins more than ``margin`` more
+    images than from the teacher, and no other class more than ``margin_elsewhere``; r is 0, and the student the
+    teacher, if none does.
     BatchNorm statistics of what lies between are estimated anew.
 
     Ours; the thresholds were found on two models. Weights between two networks that were fine-tuned from one another
@@ -34,10 +36,10 @@ class Verification:
         suspected: see above; a share of the images, in [0, 1].
         margin: likewise.
         margin_elsewhere: likewise.
-        size: bound on the root mean square of a perturbation, in units of the image range [0, 1].
+        sizes: bounds on the root mean square of a perturbation, in units of the image range [0, 1], rising.
         steps: gradient steps of crafting, one batch each.
         images_each: clean images for each perturbation in a step.
-        images: clean images on which falling is measured, at least; those of every process.
+        images: clean images of each process on which falling is measured, if there are so many.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -49,7 +51,7 @@ class Verification:
         suspected: float = 0.2,
         margin: float = 0.02,
         margin_elsewhere: float = 0.1,
-        size: float = 0.018,
+        sizes: Sequence[float] = (0.018, 0.036, 0.072, 0.144),
         steps: int = 12,
         images_each: int = 16,
         images: int = 400,
@@ -63,7 +65,9 @@ class Verification:
         check_at_least("images", images, 1)
         self.shares, self.images = list(shares), images
         self.suspected, self.margin, self.margin_elsewhere = suspected, margin, margin_elsewhere
-        self.size, self.steps, self.images_each = size, steps, images_each
+        if not sizes or sorted(sizes) != list(sizes):
+            raise expected("sizes", "at least one bound, rising", list(sizes))
+        self.sizes, self.steps, self.images_each = list(sizes), steps, images_each
         self.rates: dict[str, list[float]] = {}
 
     def keep(
@@ -72,6 +76,7 @@ class Verification:
         teacher: nn.Module,
         suspicious: nn.Module,
         batches: Iterator[Tensor],
+        one_pass: int,
         generator: torch.Generator | None = None,
         reduce: Reduce = same,
     ) -> float:
@@ -82,25 +87,31 @@ class Verification:
             teacher: of the same architecture; what the student started from.
             suspicious: the suspicious network.
             batches: endless clean images `(B, C, H, W)` in [0, 1].
+            one_pass: after how many batches they come again.
             generator: source of randomness, the same on all processes.
             reduce: averages a tensor over all processes.
 
         Returns:
             r. How often each class won stands in ``rates``.
         """
-        crafting = ClassPerturbations((self.size,), self.steps, self.images_each)
-        crafting.regenerate(suspicious, teacher, batches, generator, reduce)
         first = next(batches)
-        looked_at = [first, *islice(batches, (self.images - 1) // len(first))]
+        looked_at = [first, *islice(batches, min(one_pass - 1, (self.images - 1) // len(first)))]
         learned = {name: value.clone() for name, value in student.state_dict().items()}
-        taught, came_in = (self._rates(network, looked_at, crafting.bank, reduce) for network in (teacher, suspicious))
-        allowed = taught + torch.where(came_in - taught > self.suspected, self.margin, self.margin_elsewhere)
+        for size in self.sizes:
+            crafting = ClassPerturbations((size,), self.steps, self.images_each)
+            crafting.regenerate(suspicious, teacher, batches, generator, reduce)
+            bank = crafting.bank
+            taught, came_in = (self._rates(network, looked_at, bank, reduce) for network in (teacher, suspicious))
+            suspects = came_in - taught > self.suspected
+            if bool(suspects.any()) or bool((taught > self.suspected).any()):
+                break
+        allowed = taught + torch.where(suspects, self.margin, self.margin_elsewhere)
         self.rates = {"teacher": taught.tolist(), "suspicious": came_in.tolist()}
         for share in (*self.shares, 0.0):
             _set_between(student, teacher.state_dict(), learned, share)
             if 0 < share < 1:
                 reestimate_statistics(student, looked_at)
-            rates = self._rates(student, looked_at, crafting.bank, reduce)
+            rates = self._rates(student, looked_at, bank, reduce)
             self.rates[f"{share:g}"] = rates.tolist()
             if share == 0 or bool((rates <= allowed).all()):
                 break

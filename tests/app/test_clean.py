@@ -101,7 +101,7 @@ def test_the_same_command_goes_on_and_another_is_refused(owner, capsys):
 
 
 def test_a_network_that_lost_too_much_is_rejected(owner, monkeypatch, capsys):
-    monkeypatch.setattr(fits, "NBA", lambda network, **kwargs: Ruined(network, lr=0.5, **kwargs))
+    monkeypatch.setattr(fits, "NBA", lambda network, **kwargs: Ruined(network, **(kwargs | {"lr": 0.5})))
     with pytest.raises(SystemExit) as end, pytest.warns(UserWarning, match="Rejected: the student"):
         main([*COMMAND, "--student_steps=100"])
     assert end.value.code == 3

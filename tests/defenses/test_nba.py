@@ -90,7 +90,7 @@ def test_the_loss_is_the_equation(mixed, network, trainer):
     weights = Terms(cross_entropy=2.0 * (mixed < 6), teacher=3.0, suspicious=4.0, alignment=5.0)
     teacher, shift = lively(small()), 0.1 * torch.rand(1, 1, 8, 8)
     module = ready(NBA(lively(network), teacher=teacher, pseudo=Note(), terms=weights, mixed_share=mixed / 6), trainer)
-    module.pseudo.shift = shift
+    suspicious = copy.deepcopy(network).eval()
     module.pseudo.forward = lambda images, *args: shift.expand_as(images)
     module.model.load_state_dict(drifted(network).state_dict())  # a student on its way
     module.mixing.forward = lambda images, generator: images.flip(3)
@@ -102,7 +102,7 @@ def test_the_loss_is_the_equation(mixed, network, trainer):
     names = ["block1", "block2", "block3"]
     logits, observed = features(module.model, inputs, names)
     benign, wanted = features(teacher.eval(), images, names)
-    known = network.eval()(images)
+    known = suspicious(images)
     expected = 0.0 if mixed == 6 else 2 * cross_entropy(logits[: 6 - mixed], labels[: 6 - mixed])
     for weight, answers in ((3, benign), (4, known)):  # KL(answers || student), image by image
         for p, q in zip(answers.softmax(1), logits.softmax(1), strict=True):
@@ -215,6 +215,6 @@ def test_a_backdoor_that_was_fine_tuned_in_does_not_come_back(fine_tuned_in, tra
     trusting.verification.margin = trusting.verification.margin_elsewhere = 1.0
     for one in (module, trusting):
         trainer(max_epochs=20).fit(one, data)
-    assert rates(trainer, trusting.model, data)[1] > taught[1] + 0.2  # it does come back where nobody verifies
-    assert rates(trainer, module.model, data)[1] < taught[1] + 0.1
+    assert rates(trainer, trusting.model, data)[1] > taught[1] + 0.08  # it does come back where nobody verifies
+    assert rates(trainer, module.model, data)[1] < taught[1] + 0.04
     assert float(module.accepted) < 1.0

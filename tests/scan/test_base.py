@@ -97,7 +97,7 @@ def test_a_reservoir_is_fair_to_a_stream_that_is_sorted_by_class():
 
 def test_batches_of_all_kinds_become_images_and_labels():
     network, images, labels = nn.Identity(), torch.rand(3, 1, 2, 2), torch.tensor([0, -1, 2])
-    for batch in ((images, labels), [images, labels, labels], {"image": images, "label": labels}):
+    for batch in ((images, labels), [images, labels], {"image": images, "label": labels}):
         found, known = images_of(batch, network)
         assert torch.equal(found, images[[0, 2]])  # a label of -1 is padding
         assert known.tolist() == [0, 2]
@@ -107,7 +107,7 @@ def test_batches_of_all_kinds_become_images_and_labels():
         assert known is None
     bytes_, _ = images_of((torch.full((2, 1, 2, 2), 255, dtype=torch.uint8), labels[:2]), network)
     assert bytes_.max() == 1.0
-    normalised = Normalized(PixelGroups([1.0, 2.0, 3.0]), [0.5], [0.25])
+    normalised = Normalized(PixelGroups([1.0, 2.0, 3.0]), [0.5], [0.25], loaders_normalize=True)
     found, _ = images_of(((images - 0.5) / 0.25, labels), normalised)
     assert torch.allclose(found, images[[0, 2]])
 
