@@ -1,6 +1,7 @@
 """The README's examples run as they stand there, on few and small images."""
 
 import re
+from functools import partialmethod
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -9,6 +10,8 @@ import timm
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
+
+from nba_lightning.training.verification import Verification
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SECTION = README.split("## In your project")[1].split("\n## ")[0]
@@ -22,11 +25,13 @@ def names(tmp_path, monkeypatch):
     fit = pl.Trainer.__init__
 
     def short(self, *args, max_epochs, **kwargs):
-        max_epochs = min(max_epochs, 3)  # one epoch with labels, two without
+        max_epochs = min(max_epochs, 2)
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
         fit(self, *args, max_epochs=max_epochs, limit_train_batches=1, **quiet, **kwargs)
 
     monkeypatch.setattr(pl.Trainer, "__init__", short)
+    quick = partialmethod(Verification.__init__, sizes=(0.018,), steps=1, images_each=1)
+    monkeypatch.setattr(Verification, "__init__", quick)
     torch.manual_seed(0)
     images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
     torch.save({"model": resnet18(num_classes=10).state_dict(), "epoch": 3}, "suspicious.pth")

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from nba_lightning.core.randomness import generator_for
-from nba_lightning.training.verification import Verification
+from nba_lightning.training.verification import Verification, _set_between
 
 
 class Net(nn.Module):
@@ -57,3 +57,13 @@ def test_a_student_that_fell_back_gives_up_as_much_as_it_must():
     share, _ = keep(student := Net(2000.0), shares=(1.0,))
     assert share == 0.0
     assert float(student.backdoor) == 0.0
+
+
+def test_weights_between_are_those_that_a_half_precision_pass_sees():
+    network, start, end = (nn.Linear(4, 3) for _ in range(3))
+    images = torch.rand(2, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for share, other in ((1.0, end), (0.0, start)):
+            _set_between(network, start.state_dict(), end.state_dict(), share)
+            with torch.enable_grad():
+                assert torch.equal(network(images), other(images))

@@ -142,6 +142,7 @@ def _set_between(network: nn.Module, start: dict[str, Tensor], end: dict[str, Te
             value.copy_(torch.lerp(start[name].to(value.device).float(), end[name].float(), share))
         else:
             value.copy_(end[name] if share else start[name])
+    torch.clear_autocast_cache()  # else what follows would run on half-precision copies of the weights before
 
 
 def _sentence(share: float, rates: dict[str, list[float]]) -> str:
