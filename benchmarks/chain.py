@@ -30,6 +30,8 @@ from nba_lightning.training.sweep import allowed_loss, keeps, strongest_rate
 
 TEACHERS = {"NBA": "teacher", "NAD": "fine_tuning"}
 """The configuration that makes the teacher of each method."""
+LEAST_STEPS = 450
+"""Optimiser steps of NBA and of its teacher, as `nba-lightning clean` takes them."""
 FACTORS = tuple(10 ** (half / 2) for half in (2, 1, 0, -1, -2))
 """Rates of a sweep, as multiples of the configuration's, the strongest first."""
 
@@ -121,9 +123,9 @@ def settings_of(found: Any, images: int, network: Any) -> dict[str, Any]:
 def _settings(found: Any, images: int) -> dict[str, Any]:
     subset = found["data"]["init_args"]
     subset = subset | {"batch_size": min(subset["batch_size"], images)}  # a small set may have less than one batch
-    epochs, steps = (found["trainer"].get(name, -1) for name in ("max_epochs", "max_steps"))
-    if epochs < 0:  # as many as the steps need
-        epochs = math.ceil(steps / (images // subset["batch_size"]))
+    epochs = found["trainer"]["max_epochs"]
+    if "pseudo" in found["model"]["init_args"]:  # NBA and its teacher: a small set has few steps in an epoch
+        epochs = max(epochs, math.ceil(LEAST_STEPS / (images // subset["batch_size"])))
     return {"epochs": epochs, **found["model"], **subset}
 
 
