@@ -50,8 +50,6 @@ class Attack(nn.Module, ABC):
     """
 
     allows_all_to_all: ClassVar[bool] = True
-    trained_with_classifier: ClassVar[bool] = False
-    """Whether a module of its own triggers the training batches, which then come as (images, labels, roles)."""
     cross_ratio: float = 0.0
     """Cross images (false trigger, true label) for each triggered one."""
     free_arguments: ClassVar[frozenset[str]] = frozenset(
