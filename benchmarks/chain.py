@@ -26,7 +26,7 @@ from nba_lightning.core.features import predict
 from nba_lightning.core.modes import evaluating
 from nba_lightning.io.weights import load_weights, save_weights
 from nba_lightning.training.distillation import Distillation
-from nba_lightning.training.sweep import allowed_loss, keeps, strongest_rate
+from nba_lightning.training.sweep import RATES, STUDENT_SHARE, allowed_loss, keeps, strongest_rate, usual_optimizer
 
 TEACHERS = {"NBA": "teacher", "NAD": "fine_tuning"}
 """The configuration that makes the teacher of each method."""
@@ -148,7 +148,11 @@ def clean(args: argparse.Namespace, found: Any, subject: Subject, sweep: bool = 
         teacher = one(args, teacher_config(found), subject)
         _check(teacher)
         given = merged(found, {"model": {"init_args": {"teacher_weights": teacher.path}}})
-        result = one(args, given, subject)
+        if sweep and _kind(found) == "NBA":  # as `nba-lightning clean` does: the student's rate follows the teacher's
+            rate = STUDENT_SHARE * teacher.sweeps["FineTuning"]["chosen"]
+            result = kept_fit(args, at_rate(given, rate, subject), subject)
+        else:
+            result = one(args, given, subject)
         result.add(teacher)
     _check(result)
     return subject.loaded(Path(str(result.path))), result
@@ -188,14 +192,11 @@ def swept(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
 
     It looks at nothing else. Those below the first rate that keeps it are not tried, since they could not be chosen.
     """
-    if found["model"]["init_args"].get("optimizer"):
-        raise ValueError("Expected a defence whose rate is `lr`, but got one with an optimizer of its own.")
     images = len(subject.datamodule.partition.validation)
     baseline = held_out_accuracy(subject.loaded(subject.weights), subject.datamodule)
     fits, accuracies, cost = dict[float, Kept](), dict[float, float](), Kept(None)
-    for factor in FACTORS:
-        rate = float(f"{factor * found['model']['init_args']['lr']:.3g}")
-        fits[rate] = kept_fit(args, merged(found, {"model": {"init_args": {"lr": rate}}}), subject)
+    for rate in rates(found, subject):
+        fits[rate] = kept_fit(args, at_rate(found, rate, subject), subject)
         cost.add(fits[rate])
         path = fits[rate].path
         accuracies[rate] = 0.0 if path is None else held_out_accuracy(subject.loaded(Path(path)), subject.datamodule)
@@ -205,8 +206,34 @@ def swept(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     told = {"chosen": chosen, "accuracies": {f"{rate:g}": round(value, 4) for rate, value in accuracies.items()}}
     told |= {"kept": keeps(accuracies[chosen], baseline, images)}
     told |= {"baseline": round(baseline, 4), "images": images, "allowed_loss": round(allowed_loss(baseline, images), 4)}
-    cost.path, cost.sweeps = fits[chosen].path, {found["model"]["class_path"].rpartition(".")[2]: told}
+    cost.path, cost.sweeps = fits[chosen].path, {_kind(found): told}
     return cost
+
+
+def rates(found: Any, subject: Subject) -> tuple[float, ...]:
+    """Those of a sweep: of the network's usual optimiser, or multiples of the configuration's for other optimisers."""
+    lr = found["model"]["init_args"]["lr"]
+    if lr is None or _adaptive(found, subject):
+        return RATES[usual_optimizer(subject.loaded(subject.weights))]
+    return tuple(float(f"{factor * lr:.3g}") for factor in FACTORS)
+
+
+def at_rate(found: Any, rate: float, subject: Subject) -> Any:
+    """The configuration at another rate, with the network's usual optimiser where it would take SGD."""
+    changes: dict[str, Any] = {"lr": rate}
+    if _adaptive(found, subject):
+        changes |= {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": rate}}, "warmup": 0.05}
+    return merged(found, {"model": {"init_args": changes}})
+
+
+def _adaptive(found: Any, subject: Subject) -> bool:
+    """Whether AdamW should stand in for a defence's SGD."""
+    plain = found["model"]["class_path"].rpartition(".")[2] in ("FineTuning", "NAD", "NBA", "FTSAM", "FinePruning")
+    return plain and usual_optimizer(subject.loaded(subject.weights)) == "AdamW"
+
+
+def _kind(found: Any) -> str:
+    return str(found["model"]["class_path"].rpartition(".")[2])
 
 
 @torch.no_grad()

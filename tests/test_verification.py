@@ -42,7 +42,7 @@ def test_a_student_without_the_backdoor_is_kept_as_it_is():
     student.steps.data += 4.0
     share, made = keep(student)
     assert share == 1.0
-    assert float(student.steps) == 4.0
+    assert float(student.steps.detach()) == 4.0
     assert made.rates["suspicious"][0] > made.rates["teacher"][0] + 0.5  # class 0 is suspected, and no other
     assert all(made.rates["suspicious"][k] < made.rates["teacher"][k] + 0.2 for k in (1, 2))
 
@@ -52,11 +52,80 @@ def test_a_student_that_fell_back_gives_up_as_much_as_it_must():
     student.steps.data += 4.0
     share, made = keep(student, shares=(1.0, 0.5, 1e-4))
     assert share == 1e-4
-    assert abs(float(student.backdoor) - 2000.0 * 1e-4) < 1e-6
+    assert abs(float(student.backdoor.detach()) - 2000.0 * 1e-4) < 1e-6
     assert made.rates["1"][0] > 0.5
     share, _ = keep(student := Net(2000.0), shares=(1.0,))
     assert share == 0.0
-    assert float(student.backdoor) == 0.0
+    assert float(student.backdoor.detach()) == 0.0
+
+
+def test_harmless_knowledge_of_the_suspicious_network_is_taken_beyond_what_the_student_learned():
+    # What is left of the backdoor at 1.25 is 1e-6 of it; the rest of the suspicious network is as good as new.
+    student, suspicious = Net(0.0), Net(2000.0)
+    suspicious.steps.data += 8.0
+    made = Verification(sizes=(0.1,), steps=20, images=300, shares=(2.0, 1.000001, 1.0))
+    share = made.keep(student, Net(0.0), suspicious, batches(), 100, generator_for(1))
+    assert share == 1.000001
+    assert abs(float(student.backdoor.detach()) - 2000e-6) < 1e-4
+    assert made.rates["2"][0] > 0.5  # the suspicious network itself falls
+
+
+def test_ruins_on_the_way_are_not_kept():
+    class Ruin(Net):
+        """Right at both ends of the way, and always class 1 between them; it falls for nothing there."""
+
+        def forward(self, images):
+            ruined = 1e6 * (self.steps * (4.0 - self.steps)).clamp(min=0.0)
+            return super().forward(images) + ruined * torch.tensor([0.0, 1.0, 0.0])
+
+    student, suspicious = Ruin(0.0), Ruin(2000.0)
+    suspicious.steps.data += 4.0
+    made = Verification(sizes=(0.1,), steps=20, images=300, shares=(1.5, 1.0))
+    assert made.keep(student, Ruin(0.0), suspicious, batches(), 100, generator_for(1)) == 1.0
+
+
+def test_where_no_class_stands_out_nothing_is_taken_beyond_the_student():
+    made = Verification(sizes=(1e-4,), steps=2, images=300)
+    student = Net(0.0)
+    student.steps.data += 4.0
+    assert made.keep(student, Net(0.0), Net(2000.0), batches(), 100, generator_for(1)) == 1.0
+    assert float(student.steps.detach()) == 4.0
+
+
+def test_a_suspected_class_is_held_to_the_margin_and_others_to_theirs():
+    made = Verification(margin=0.01, margin_elsewhere=0.1)
+    evidence = made.look(Net(2000.0), Net(0.0), batches(), 100, generator_for(1))
+    assert evidence.suspects.tolist() == [True, False, False]
+    found = iter([(0.009, 0.09, 0.0), (0.011, 0.0, 0.0), (0.0, 0.11, 0.0)])
+    made._measure = lambda *_: evidence.taught + torch.tensor(next(found))
+    assert [made.withstands(Net(0.0), evidence, str(k)) for k in (1, 2, 3)] == [True, False, False]
+
+
+def test_of_many_classes_those_to_which_synthetic_triggers_move_the_suspicious_network_are_looked_at():
+    class Many(nn.Module):
+        def __init__(self, pull):
+            super().__init__()
+            self.pull = nn.Parameter(torch.tensor(pull))
+
+        def forward(self, images):
+            logits = torch.zeros(len(images), 50)
+            logits[:, 7] = 1.0
+            logits[:, 33] = self.pull * (images - 0.5).square().mean(dim=(1, 2, 3))
+            return logits
+
+    images = [torch.full((8, 1, 8, 8), 0.5)] * 3
+    made = Verification(classes=1, sizes=(0.01,), steps=1, images=24)
+    evidence = made.look(Many(1e4), Many(0.0), iter(images * 9), 3, generator_for(0))
+    assert evidence.classes.tolist() == [33]
+    assert evidence.bank.shape == (1, 1, 8, 8)
+    assert len(evidence.rates["teacher"]) == 1
+
+
+def test_statistics_are_mixed_like_weights():
+    network, start, end = (nn.BatchNorm2d(3) for _ in range(3))
+    start.running_mean.fill_(1.0), end.running_mean.fill_(3.0)
+    _set_between(network, start.state_dict(), end.state_dict(), 0.25)
+    assert network.running_mean.tolist() == [1.5] * 3
 
 
 def test_weights_between_are_those_that_a_half_precision_pass_sees():

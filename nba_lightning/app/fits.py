@@ -26,7 +26,7 @@ from nba_lightning.defenses import NBA, FineTuning
 from nba_lightning.io.checkpoints import SafeCheckpointIO
 from nba_lightning.pseudo import TriggerFamilies
 from nba_lightning.training import Defense
-from nba_lightning.training.sweep import RATES, USUAL_RATE, keeps, strongest_rate, usual_optimizer
+from nba_lightning.training.sweep import RATES, STUDENT_SHARE, USUAL_RATE, keeps, strongest_rate, usual_optimizer
 
 TEACHER_STEPS, STUDENT_STEPS = 450, 450
 _LEAST_EPOCHS = 5
@@ -202,9 +202,9 @@ def fit_teacher(
         if "student" in figures:  # not where the loss became infinite
             before, images = figures["suspicious"]["value"], figures["suspicious"]["images"]
             measured[rate] = figures["student"]["value"]
-            if keeps(measured[rate], before, images):
+            if keeps(measured[rate], before, images, one.max_loss):
                 break
-    chosen = strongest_rate(measured, before, images) if images else next(iter(tried))
+    chosen = strongest_rate(measured, before, images, one.max_loss) if images else next(iter(tried))
     found = tried[chosen]
     if found["file"] is None:
         raise NonFiniteLossError(found["sentence"])
@@ -245,11 +245,11 @@ def _take(source: Path, to: Path) -> None:
 def fit_student(
     network: nn.Module, teacher: nn.Module, rate: float, link: Link, chain: Chain, seed: int, show: bool
 ) -> dict[str, Any]:
-    """Align a copy of the network with the teacher at the teacher's rate; keep pictures of what it was aligned on."""
+    """Align a copy of the network with the teacher at a share of its rate; keep pictures of what it was aligned on."""
 
     def work() -> dict[str, Any]:
         say(f"  {link.cost()}", show)
-        module = NBA(copy.deepcopy(network), teacher=teacher, seed=seed, **_optimizer(network, rate))
+        module = NBA(copy.deepcopy(network), teacher=teacher, seed=seed, **_optimizer(network, STUDENT_SHARE * rate))
         found = link.fit(module, chain.folder / "cleaned.safetensors")
         return {**found, "warnings": save_pictures(chain.folder / "report", module, network, link.data)}
 

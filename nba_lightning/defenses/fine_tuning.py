@@ -12,6 +12,7 @@ from nba_lightning.core.features import predict
 from nba_lightning.core.randomness import generator_for
 from nba_lightning.pseudo import PseudoSamples, SamplePerturbations, UniversalPerturbations
 from nba_lightning.training.defense import Defense
+from nba_lightning.training.sweep import USUAL_RATE
 
 
 class FineTuning(Defense):
@@ -27,9 +28,10 @@ class FineTuning(Defense):
         pseudo: synthetic triggers, such as :class:`~nba_lightning.pseudo.TriggerFamilies`; ``None`` for none.
         pseudo_share: share of each batch that carries them, in [0, 1].
         mixed_share: share of each batch that is mixed by CutMix, in [0, 1].
+        lr: initial learning rate; a high one is what removes backdoors. ``None`` fits the network: SGD at 0.06, or
+            AdamW at 0.001 for one with layer normalisation or depthwise convolutions.
         warmup: share of the steps over which the learning rate rises linearly.
-        **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`. A high learning rate is
-            what removes backdoors.
+        **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
 
     Raises:
         ValueError: for a share outside [0, 1], or pseudo samples that are crafted with a teacher.
@@ -42,10 +44,13 @@ class FineTuning(Defense):
         pseudo: PseudoSamples | None = None,
         pseudo_share: float = 0.5,
         mixed_share: float = 0.0,
+        lr: float | None = 0.1,
         warmup: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, weights, warmup=warmup, **kwargs)
+        super().__init__(model, weights, lr=USUAL_RATE["SGD"] if lr is None else lr, warmup=warmup, **kwargs)
+        if lr is None:
+            self.fit_to_network(USUAL_RATE)
         check_range("pseudo_share", pseudo_share, 0.0, 1.0)
         check_range("mixed_share", mixed_share, 0.0, 1.0)
         if isinstance(pseudo, UniversalPerturbations | SamplePerturbations):

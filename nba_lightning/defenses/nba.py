@@ -25,7 +25,10 @@ from nba_lightning.io.batches import clean_batches, plain_batches
 from nba_lightning.pseudo import PseudoSamples, TriggerFamilies
 from nba_lightning.training.distillation import Distillation
 from nba_lightning.training.schedule import batches_of_an_epoch
+from nba_lightning.training.sweep import STUDENT_SHARE, USUAL_RATE
 from nba_lightning.training.verification import Verification
+
+_RATES = {kind: STUDENT_SHARE * rate for kind, rate in USUAL_RATE.items()}
 
 
 @dataclass
@@ -87,7 +90,8 @@ class NBA(Distillation):
         mixing: how images are mixed; CutMix by default.
         verification: how what was learned from the suspicious network is verified.
         regenerate_every_n_epochs: see :class:`~nba_lightning.callbacks.PseudoSampleRegeneration`.
-        lr: initial learning rate.
+        lr: initial learning rate; a third of the teacher's does well. ``None`` fits the network: SGD at 0.02, or AdamW
+            at 0.0003 for one with layer normalisation or depthwise convolutions.
         **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
 
     Raises:
@@ -114,10 +118,12 @@ class NBA(Distillation):
         mixing: CutMix | None = None,
         verification: Verification | None = None,
         regenerate_every_n_epochs: int = 1,
-        lr: float = 0.02,
+        lr: float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, weights, teacher, teacher_weights, lr=lr, **kwargs)
+        super().__init__(model, weights, teacher, teacher_weights, lr=_RATES["SGD"] if lr is None else lr, **kwargs)
+        if lr is None:
+            self.fit_to_network(_RATES)
         check_range("pseudo_share", pseudo_share, 0.0, 1.0)
         check_range("mixed_share", mixed_share, 0.0, 1.0)
         if terms.cross_entropy and mixed_share == 1:

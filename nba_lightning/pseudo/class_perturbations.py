@@ -27,19 +27,28 @@ class ClassPerturbations(PseudoSamples):
         sizes: bounds on the root mean square of a perturbation over its values, in units of the image range [0, 1].
         steps: gradient steps at each regeneration, one batch each.
         images_each: clean images for each perturbation in a step.
+        classes: the classes k; all by default.
 
     Raises:
-        ValueError: for no size, or one outside (0, 1].
+        ValueError: for no size, or one outside (0, 1], or no class.
     """
 
-    def __init__(self, sizes: Sequence[float] = (0.018, 0.054), steps: int = 6, images_each: int = 8) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[float] = (0.018, 0.054),
+        steps: int = 6,
+        images_each: int = 8,
+        classes: Sequence[int] | None = None,
+    ) -> None:
         if not sizes:
             raise expected("sizes", "at least one bound", list(sizes))
         for size in sizes:
             check_range("sizes", size, 0.0, 1.0, open_low=True)
         super().__init__(max(sizes), steps, KLDisagreement())
         check_at_least("images_each", images_each, 1)
-        self.sizes, self.images_each = list(sizes), images_each
+        if classes is not None and not len(classes):
+            raise expected("classes", "at least one class, or None for all", list(classes))
+        self.sizes, self.images_each, self.classes = list(sizes), images_each, classes
         self.bank = torch.empty(0)
 
     def regenerate(
@@ -55,9 +64,10 @@ class ClassPerturbations(PseudoSamples):
         images = next(endless)
         with evaluating(student, teacher):
             with torch.no_grad():
-                classes = predict(student, images[:1]).shape[1]
-            wanted = torch.arange(classes, device=images.device).repeat(len(self.sizes))
-            bounds = torch.tensor(self.sizes, device=images.device).repeat_interleave(classes).view(-1, 1, 1, 1)
+                number = predict(student, images[:1]).shape[1]
+            classes = torch.tensor(range(number) if self.classes is None else self.classes, device=images.device)
+            wanted = classes.repeat(len(self.sizes))
+            bounds = torch.tensor(self.sizes, device=images.device).repeat_interleave(len(classes)).view(-1, 1, 1, 1)
             if self.bank.numel() == 0:
                 shape = (len(wanted), *images.shape[1:])
                 noise = torch.randn(shape, generator=generator, device=images.device)

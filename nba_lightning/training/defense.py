@@ -1,14 +1,17 @@
 """What all defences share."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from nba_lightning.callbacks.cleaned_weights import CleanedWeights
 from nba_lightning.callbacks.given import unless_given
 from nba_lightning.io.adapters import bare
 from nba_lightning.training.classifier import Classifier
+from nba_lightning.training.sweep import usual_optimizer
 from nba_lightning.training.telling import tell_once
 
 
@@ -28,10 +31,27 @@ class Defense(Classifier):
     """
 
     needs_whole_network = True
+    adaptive = False
+    """Whether AdamW stands in for SGD where no optimiser is passed."""
 
     def __init__(self, model: nn.Module, weights: str | None = None, **kwargs: Any) -> None:
         super().__init__(model, weights, **kwargs)
         self.dtypes = {name: value.dtype for name, value in bare(model).state_dict().items()}
+
+    def fit_to_network(self, rates: Mapping[str, float]) -> None:
+        """Take the optimiser of the network's kind (see :func:`~nba_lightning.training.sweep.usual_optimizer`).
+
+        Args:
+            rates: learning rate with ``SGD`` and with ``AdamW``.
+        """
+        kind = usual_optimizer(self.model)
+        self.lr, self.adaptive = rates[kind], kind == "AdamW"
+
+    def default_optimizer(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
+        """SGD; AdamW for a network of its kind, where no rate was given."""
+        if self.adaptive:
+            return AdamW(parameters, self.lr, weight_decay=self.weight_decay)
+        return super().default_optimizer(parameters)
 
     def configure_callbacks(self) -> list[Callback]:
         """Write the cleaned weights when the fit has ended."""

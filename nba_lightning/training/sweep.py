@@ -8,11 +8,12 @@ from torch import nn
 
 from nba_lightning.core.checks import check_at_least, check_range, expected
 
-LEAST_LOSS = 0.015
 RATES = {"SGD": (0.2, 0.06, 0.02, 0.006, 0.002), "AdamW": (3e-3, 1e-3, 3e-4, 1e-4)}
 """Learning rates to try with each optimiser, the strongest first."""
-USUAL_RATE = {"SGD": 0.02, "AdamW": 1e-3}
-"""Where nothing can be measured."""
+USUAL_RATE = {"SGD": 0.06, "AdamW": 1e-3}
+"""A teacher's, where nothing was measured."""
+STUDENT_SHARE = 1 / 3
+"""NBA's rate as a share of its teacher's: the teacher forgets at a high rate, the student learns at a lower one."""
 
 
 def usual_optimizer(network: nn.Module) -> Literal["SGD", "AdamW"]:
@@ -27,12 +28,12 @@ def usual_optimizer(network: nn.Module) -> Literal["SGD", "AdamW"]:
     return "SGD"
 
 
-def allowed_loss(baseline: float, images: int) -> float:
-    r"""How much accuracy on held-out images may be lost before it counts as lost.
+def allowed_loss(baseline: float, images: int, max_loss: float = 0.05) -> float:
+    r"""How much accuracy on held-out images a learning rate may cost.
 
-    Two standard errors of the baseline, but never less than 1.5 points:
+    ``max_loss``, or one standard error of the baseline where that is more:
 
-    .. math:: \max(0.015, 2 \sqrt{p (1 - p) / (n + 4)}), \quad p = (n a + 2) / (n + 4)
+    .. math:: \max(max\_loss, \sqrt{p (1 - p) / (n + 4)}), \quad p = (n a + 2) / (n + 4)
 
     Source: Agresti & Coull, "Approximate is better than 'exact' for interval estimation of binomial proportions", The
     American Statistician 52(2), 1998, for two right and two wrong answers more, without which a few images that are all
@@ -41,27 +42,29 @@ def allowed_loss(baseline: float, images: int) -> float:
     Args:
         baseline: accuracy a of the suspicious network on the held-out clean images, in [0, 1].
         images: their number n.
+        max_loss: what the owner can do without, in [0, 1].
 
     Raises:
         ValueError: for an accuracy outside [0, 1] or no image.
 
     Example:
-        >>> round(allowed_loss(0.8, 250), 3), allowed_loss(0.8, 100_000)
-        (0.051, 0.015)
+        >>> allowed_loss(0.8, 250), round(allowed_loss(0.8, 40), 3)
+        (0.05, 0.063)
     """
     check_range("baseline", baseline, 0.0, 1.0)
+    check_range("max_loss", max_loss, 0.0, 1.0)
     check_at_least("images", images, 1)
     share = (images * baseline + 2) / (images + 4)
-    return max(LEAST_LOSS, 2 * math.sqrt(share * (1 - share) / (images + 4)))
+    return max(max_loss, math.sqrt(share * (1 - share) / (images + 4)))
 
 
-def keeps(accuracy: float, baseline: float, images: int) -> bool:
+def keeps(accuracy: float, baseline: float, images: int, max_loss: float = 0.05) -> bool:
     """Whether a network that reached ``accuracy`` on the held-out images lost no more than :func:`allowed_loss`."""
     check_range("accuracy", accuracy, 0.0, 1.0)
-    return accuracy >= baseline - allowed_loss(baseline, images) - 1e-9
+    return accuracy >= baseline - allowed_loss(baseline, images, max_loss) - 1e-9
 
 
-def strongest_rate(accuracies: Mapping[float, float], baseline: float, images: int) -> float:
+def strongest_rate(accuracies: Mapping[float, float], baseline: float, images: int, max_loss: float = 0.05) -> float:
     """The largest learning rate whose network kept its accuracy on held-out clean images.
 
     High rates are what removes backdoors, and what costs accuracy. Nothing here looks at a trigger.
@@ -71,6 +74,7 @@ def strongest_rate(accuracies: Mapping[float, float], baseline: float, images: i
             came to no end.
         baseline: of the suspicious network on the same images.
         images: their number.
+        max_loss: what may be lost.
 
     Returns:
         The largest rate that :func:`keeps` the accuracy; where none does, the one that lost least, of equal ones the
@@ -85,5 +89,5 @@ def strongest_rate(accuracies: Mapping[float, float], baseline: float, images: i
     """
     if not accuracies:
         raise expected("accuracies", "of at least one rate", "none")
-    kept = [rate for rate, accuracy in accuracies.items() if keeps(accuracy, baseline, images)]
+    kept = [rate for rate, accuracy in accuracies.items() if keeps(accuracy, baseline, images, max_loss)]
     return max(kept) if kept else max(accuracies, key=lambda rate: (accuracies[rate], -rate))

@@ -39,6 +39,10 @@ class Ruined(NBA):
         images, labels = self.unpack(batch, batch_idx)
         return F.cross_entropy(predict(self.model, images), (labels + 1) % 3)
 
+    def _verify(self):
+        """Verification would give the teacher back."""
+        self.accepted.fill_(1.0)
+
 
 class RuinedTeacher(FineTuning):
     """Learns what is wrong, at high rates."""
