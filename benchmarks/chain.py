@@ -20,7 +20,7 @@ from fitting import fit, fit_key
 from torch import nn
 
 import nba_lightning
-from nba_lightning import BackdoorDataModule, Defense
+from nba_lightning import NBA, BackdoorDataModule, Defense
 from nba_lightning.callbacks.finite_loss import NonFiniteLossError
 from nba_lightning.core.features import predict
 from nba_lightning.core.modes import evaluating
@@ -179,6 +179,8 @@ def kept_fit(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     subject.datamodule.batch_size = settings["batch_size"]
     meter = fit(args, subject.name, module, subject.datamodule, settings["epochs"], named, may_break_off=True)
     kept = Kept(str(path) if meter.finite else None, meter.passes, meter.seconds, meter.peak_memory_mib)
+    if isinstance(module, NBA):
+        kept.sweeps["verification"] = {"kept": round(float(module.accepted), 4), "won": module.verification.rates}
     partial = path.with_name(f"{subject.name}-{key}.partial")  # two processes may make the same one
     save_weights(module.model.state_dict(), partial)
     partial.replace(path)

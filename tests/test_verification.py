@@ -93,12 +93,24 @@ def test_where_no_class_stands_out_nothing_is_taken_beyond_the_student():
 
 
 def test_a_suspected_class_is_held_to_the_margin_and_others_to_theirs():
-    made = Verification(margin=0.01, margin_elsewhere=0.1)
+    made = Verification(margin=0.02, margin_elsewhere=0.1)
     evidence = made.look(Net(2000.0), Net(0.0), batches(), 100, generator_for(1))
     assert evidence.suspects.tolist() == [True, False, False]
-    found = iter([(0.009, 0.09, 0.0), (0.011, 0.0, 0.0), (0.0, 0.11, 0.0)])
+    gap = evidence.rates["suspicious"][0] - evidence.rates["teacher"][0]
+    assert gap > 0.5
+    found = iter([(0.019 * gap, 0.09, 0.0), (0.021 * gap, 0.0, 0.0), (0.0, 0.11, 0.0)])
     made._measure = lambda *_: evidence.taught + torch.tensor(next(found))
     assert [made.withstands(Net(0.0), evidence, str(k)) for k in (1, 2, 3)] == [True, False, False]
+
+
+def test_perturbations_grow_until_a_class_is_clear_or_the_teacher_falls_itself():
+    def look(suspicious, teacher, **kwargs):
+        made = Verification(sizes=(0.02, 0.05, 0.1), steps=20, images=300, **kwargs)
+        return float(made.look(suspicious, teacher, batches(), 100, generator_for(1)).bank[0].square().mean().sqrt())
+
+    assert abs(look(Net(2000.0), Net(0.0), clear=0.9) - 0.05) < 0.01
+    assert look(Net(2000.0), Net(0.0), clear=0.0) < 0.03
+    assert look(Net(2000.0), Net(2000.0), suspected=0.0) < 0.1
 
 
 def test_of_many_classes_those_to_which_synthetic_triggers_move_the_suspicious_network_are_looked_at():

@@ -28,6 +28,7 @@ class Evidence:
         few: how many of these batches are enough for a class that is not suspected.
         said: what the suspicious network says to the clean images, batch by batch.
         taught: `(K,)` share of the images that each perturbation wins from the teacher.
+        allowed: `(K,)` the share that it may win from a network that is kept.
         agreed: share of the clean images to which the teacher says what the suspicious network says.
         rates: shares that were won, of every network that was asked, by its name.
     """
@@ -38,7 +39,8 @@ class Evidence:
     images: list[Tensor]
     few: int
     said: list[Tensor]
-    taught: Tensor
+    taught: Tensor = field(default_factory=lambda: torch.empty(0))
+    allowed: Tensor = field(default_factory=lambda: torch.empty(0))
     agreed: float = 0.0
     rates: dict[str, list[float]] = field(default_factory=dict)
 
@@ -47,20 +49,25 @@ class Verification:
     r"""Keep as much of what a student learned as shows no sign of the backdoor, without knowing a trigger.
 
     For each class k a small universal perturbation :math:`d_k` is crafted that the suspicious network falls for and the
-    teacher withstands. A backdoor makes the target class easy to reach, and a student that has learned it falls for
-    :math:`d_k` too. A class is *suspected* if :math:`d_k` wins it ``suspected`` more of the images from the suspicious
-    network than from the teacher; perturbations grow through ``sizes`` until a class is, or until the teacher falls for
-    them on ``suspected`` of the images itself. Networks lie on a way from the teacher T over the student S towards the
+    teacher withstands. A backdoor makes the target class easy to reach, and a network that has learned it falls for
+    :math:`d_k` too. The *gap* of a class is on how many more of the images :math:`d_k` wins it from the suspicious
+    network than from the teacher. Perturbations grow through ``sizes`` until the largest gap is ``clear``, or until the
+    teacher falls for them on ``suspected`` of the images itself. A class is *suspected* if its gap is above
+    ``suspected`` and above half of the largest.
+
+    Networks lie on a way from the teacher T over the student S towards the
     suspicious network :math:`S_0`,
 
     .. math:: T + r (S - T) \quad (r \le 1), \qquad S + (r - 1) (S_0 - S) \quad (r > 1)
 
-    and of those with r from ``shares`` the first is kept from which no suspected class wins more than ``margin`` more
-    images than from the teacher, and no other class more than ``margin_elsewhere``; r is 0, and the student the
-    teacher, if none does. It must also agree with the suspicious network on clean images as often as the teacher does:
-    weights that are far apart may have nothing but ruins between them. Where no class is suspected, nothing beyond the
-    student is tried: what cannot be seen is not asked for. BatchNorm statistics are mixed like the weights; estimated
-    anew on plain images they would not be those of the mixture with pseudo samples on which all were learned.
+    and of those with r from ``shares`` the first is kept from which no suspected class wins more images than from the
+    teacher, but for ``margin`` of its gap, and no other class more than ``margin_elsewhere`` of the images or half of
+    its gap; on models with known triggers that share of the gap was about the share of the ASR that was back. r is 0,
+    and the student the teacher, if none does. It must also agree with the suspicious network on clean images as often
+    as the teacher does: weights that are far apart may have nothing but ruins between them. Where no class is
+    suspected, nothing beyond the student is tried: what cannot be seen is not asked for. BatchNorm statistics are mixed
+    like the weights; estimated anew on plain images they would not be those of the mixture with pseudo samples on which
+    all were learned.
 
     Ours; the thresholds were found on three models (``benchmarks/METHOD.md``). Weights between two networks that were
     fine-tuned from one another are as in Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022 (arXiv
@@ -69,8 +76,9 @@ class Verification:
     Args:
         shares: r in (0, 2], from the largest to the smallest.
         suspected: see above; a share of the images, in [0, 1].
-        margin: likewise.
-        margin_elsewhere: likewise.
+        clear: likewise.
+        margin: see above; a share of the gap, in [0, 1].
+        margin_elsewhere: see above; a share of the images.
         sizes: bounds on the root mean square of a perturbation, in units of the image range [0, 1], rising.
         steps: gradient steps of crafting, one batch each.
         images_each: clean images for each perturbation in a step.
@@ -87,7 +95,8 @@ class Verification:
         self,
         shares: Sequence[float] = (1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25),
         suspected: float = 0.2,
-        margin: float = 0.01,
+        clear: float = 0.5,
+        margin: float = 0.015,
         margin_elsewhere: float = 0.1,
         sizes: Sequence[float] = (0.018, 0.036, 0.072, 0.144),
         steps: int = 16,
@@ -100,12 +109,13 @@ class Verification:
             check_range("shares", share, 0.0, 2.0, open_low=True)
         if sorted(shares, reverse=True) != list(shares):
             raise expected("shares", "from the largest to the smallest", list(shares))
-        for name, value in {"suspected": suspected, "margin": margin, "margin_elsewhere": margin_elsewhere}.items():
+        shares_of = {"suspected": suspected, "clear": clear, "margin": margin, "margin_elsewhere": margin_elsewhere}
+        for name, value in shares_of.items():
             check_range(name, value, 0.0, 1.0)
         for name, number in {"images": images, "images_elsewhere": images_elsewhere, "classes": classes}.items():
             check_at_least(name, number, 1)
         self.shares, self.images, self.images_elsewhere = list(shares), images, images_elsewhere
-        self.suspected, self.margin, self.margin_elsewhere = suspected, margin, margin_elsewhere
+        self.suspected, self.clear, self.margin, self.margin_elsewhere = suspected, clear, margin, margin_elsewhere
         if not sizes or sorted(sizes) != list(sizes):
             raise expected("sizes", "at least one bound, rising", list(sizes))
         self.sizes, self.steps, self.images_each, self.classes = list(sizes), steps, images_each, classes
@@ -176,14 +186,18 @@ class Verification:
             taught, came_in = (
                 _rates(network, looked_at[:few], classes, crafting.bank, reduce) for network in (teacher, suspicious)
             )
-            suspects = came_in - taught > self.suspected
-            if bool(suspects.any()) or bool((taught > self.suspected).any()):
+            gaps = came_in - taught
+            if bool(gaps.max() > self.clear) or bool((taught > self.suspected).any()):
                 break
+        suspects = gaps > torch.clamp(gaps.max() / 2, min=self.suspected)
         with torch.no_grad(), evaluating(suspicious):
             said = [predict(suspicious, images).argmax(dim=1) for images in looked_at]
-        evidence = Evidence(classes, crafting.bank, suspects, looked_at, few, said, taught)
-        evidence.rates["suspicious"] = came_in.tolist()
+        evidence = Evidence(classes, crafting.bank, suspects, looked_at, few, said)
         evidence.taught = self._measure(teacher, evidence, "teacher", reduce)
+        gaps = (self._measure(suspicious, evidence, "suspicious", reduce) - evidence.taught).clamp(min=0.0)
+        evidence.allowed = evidence.taught + torch.where(
+            suspects, self.margin * gaps, (gaps / 2).clamp(min=self.margin_elsewhere)
+        )
         evidence.agreed = _agreement(teacher, evidence, reduce)
         return evidence
 
@@ -198,10 +212,9 @@ class Verification:
         """
         if name == "0":  # the teacher itself
             return True
-        if _agreement(network, evidence, reduce) < evidence.agreed - self.margin:
+        if _agreement(network, evidence, reduce) < evidence.agreed - 0.01:
             return False
-        allowed = evidence.taught + torch.where(evidence.suspects, self.margin, self.margin_elsewhere)
-        return bool((self._measure(network, evidence, name, reduce) <= allowed + 1e-6).all())
+        return bool((self._measure(network, evidence, name, reduce) <= evidence.allowed + 1e-6).all())
 
     def _measure(self, network: nn.Module, evidence: Evidence, name: str, reduce: Reduce) -> Tensor:
         """How often each class wins `(K,)`; suspected ones on more images."""
