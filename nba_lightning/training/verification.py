@@ -51,9 +51,9 @@ class Verification:
     For each class k a small universal perturbation :math:`d_k` is crafted that the suspicious network falls for and the
     teacher withstands. A backdoor makes the target class easy to reach, and a network that has learned it falls for
     :math:`d_k` too. The *gap* of a class is on how many more of the images :math:`d_k` wins it from the suspicious
-    network than from the teacher. Perturbations grow through ``sizes`` until the largest gap is ``clear``, or until the
-    teacher falls for them on ``suspected`` of the images itself. A class is *suspected* if its gap is above
-    ``suspected`` and above half of the largest.
+    network than from the teacher. Perturbations grow through ``sizes`` until the teacher falls for them on
+    ``suspected`` of the images itself; those count whose largest gap is furthest ahead of the next. A class is
+    *suspected* if its gap is above ``suspected`` and above half of the largest.
 
     Networks lie on a way from the teacher T over the student S towards the
     suspicious network :math:`S_0`,
@@ -76,7 +76,6 @@ class Verification:
     Args:
         shares: r in (0, 2], from the largest to the smallest.
         suspected: see above; a share of the images, in [0, 1].
-        clear: likewise.
         margin: see above; a share of the gap, in [0, 1].
         margin_elsewhere: see above; a share of the images.
         sizes: bounds on the root mean square of a perturbation, in units of the image range [0, 1], rising.
@@ -95,7 +94,6 @@ class Verification:
         self,
         shares: Sequence[float] = (1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25),
         suspected: float = 0.2,
-        clear: float = 0.5,
         margin: float = 0.015,
         margin_elsewhere: float = 0.1,
         sizes: Sequence[float] = (0.018, 0.036, 0.072, 0.144),
@@ -109,13 +107,13 @@ class Verification:
             check_range("shares", share, 0.0, 2.0, open_low=True)
         if sorted(shares, reverse=True) != list(shares):
             raise expected("shares", "from the largest to the smallest", list(shares))
-        shares_of = {"suspected": suspected, "clear": clear, "margin": margin, "margin_elsewhere": margin_elsewhere}
+        shares_of = {"suspected": suspected, "margin": margin, "margin_elsewhere": margin_elsewhere}
         for name, value in shares_of.items():
             check_range(name, value, 0.0, 1.0)
         for name, number in {"images": images, "images_elsewhere": images_elsewhere, "classes": classes}.items():
             check_at_least(name, number, 1)
         self.shares, self.images, self.images_elsewhere = list(shares), images, images_elsewhere
-        self.suspected, self.clear, self.margin, self.margin_elsewhere = suspected, clear, margin, margin_elsewhere
+        self.suspected, self.margin, self.margin_elsewhere = suspected, margin, margin_elsewhere
         if not sizes or sorted(sizes) != list(sizes):
             raise expected("sizes", "at least one bound, rising", list(sizes))
         self.sizes, self.steps, self.images_each, self.classes = list(sizes), steps, images_each, classes
@@ -124,7 +122,7 @@ class Verification:
     def passes_over_images(self, classes: int, images: int) -> int:
         """About how many times as many images as there are go forward or backward, for the cost that is stated."""
         looked_at = min(classes, self.classes)
-        crafted = 4 * self.steps * looked_at * self.images_each
+        crafted = 4 * self.steps * looked_at * self.images_each * len(self.sizes)
         measured = (len(self.shares) + 3) * (looked_at * min(self.images_elsewhere, images) + min(self.images, images))
         return round((crafted + measured) / images)
 
@@ -180,19 +178,22 @@ class Verification:
         looked_at = [first, *islice(batches, min(one_pass - 1, (self.images - 1) // len(first)))]
         few = 1 + (self.images_elsewhere - 1) // len(first)
         classes = self._most_moved(suspicious, teacher, looked_at[:few], generator, reduce)
+        bank, gaps, most = torch.empty(0), torch.zeros(len(classes)), -torch.inf
         for size in self.sizes:
             crafting = ClassPerturbations((size,), self.steps, self.images_each, classes.tolist())
             crafting.regenerate(suspicious, teacher, batches, generator, reduce)
             taught, came_in = (
                 _rates(network, looked_at[:few], classes, crafting.bank, reduce) for network in (teacher, suspicious)
             )
-            gaps = came_in - taught
-            if bool(gaps.max() > self.clear) or bool((taught > self.suspected).any()):
+            stands_out = _lead(came_in - taught)
+            if stands_out > most:
+                bank, gaps, most = crafting.bank, came_in - taught, stands_out
+            if bool((taught > self.suspected).any()):
                 break
         suspects = gaps > torch.clamp(gaps.max() / 2, min=self.suspected)
         with torch.no_grad(), evaluating(suspicious):
             said = [predict(suspicious, images).argmax(dim=1) for images in looked_at]
-        evidence = Evidence(classes, crafting.bank, suspects, looked_at, few, said)
+        evidence = Evidence(classes, bank, suspects, looked_at, few, said)
         evidence.taught = self._measure(teacher, evidence, "teacher", reduce)
         gaps = (self._measure(suspicious, evidence, "suspicious", reduce) - evidence.taught).clamp(min=0.0)
         evidence.allowed = evidence.taught + torch.where(
@@ -248,6 +249,12 @@ class Verification:
                 came, taught = (predict(one, triggered).float().softmax(dim=1) for one in (suspicious, teacher))
                 moved += (came - taught).mean(dim=0)
         return reduce(moved).topk(self.classes).indices.sort().values
+
+
+def _lead(gaps: Tensor) -> float:
+    """How far the largest gap is ahead of the next."""
+    first = gaps.topk(min(2, len(gaps))).values
+    return float(first[0] - first[1:].sum())
 
 
 @torch.no_grad()
