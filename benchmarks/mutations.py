@@ -14,10 +14,10 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("anp: gradients of one process", "defenses/anp.py", "[self.reduce(gradient) for gradient in torch.autograd.grad(GRADIENT_SCALE * loss, leaves)]", "list(torch.autograd.grad(GRADIENT_SCALE * loss, leaves))", "processes[anp]"),
     ("anp: biases left alone", "defenses/anp.py", "None if xi is None else [1 + one for one in xi]", "None", "defenses/anp"),
     ("anp: the same start in each step", "defenses/anp.py", "generator_for(self.seed, 6, self.trainer.current_epoch, batch_idx,", "generator_for(self.seed, 6, self.trainer.current_epoch,", "defenses/anp"),
-    ("anp: masks above 1", "defenses/anp.py", "mask.clamp_(0.0, 1.0)", "mask.clamp_(0.0)", "defenses/anp"),
+    ("anp: masks above 1", "training/neuron_masks.py", "mask.clamp_(0.0, 1.0)", "mask.clamp_(0.0)", "defenses/anp"),
     ("anp: prunes at the threshold", "defenses/anp.py", "gone = mask < self.threshold", "gone = mask <= self.threshold", "defenses/anp"),
     ("anp: bias of a pruned channel stays", "defenses/anp.py", "norm.bias[gone] = 0.0", "pass", "defenses/anp"),
-    ("anp: prunes a step late", "defenses/anp.py", "self.trainer.global_step + 1 == self", "self.trainer.global_step == self", "defenses/anp"),
+    ("anp: prunes a step late", "training/neuron_masks.py", "self.trainer.global_step + 1 == self", "self.trainer.global_step == self", "defenses/anp"),
     ("anp: learns statistics", "defenses/anp.py", "with frozen_statistics(self.model):", "with torch.enable_grad():", "defenses/anp"),
     # Fine-tuning with sharpness-aware minimisation.
     ("ft-sam: not adaptive", "defenses/ft_sam.py", "(rho / norm) * p.abs() * w for p", "(rho / norm) * w for p", "defenses/ft_sam"),
