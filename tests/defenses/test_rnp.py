@@ -170,6 +170,28 @@ def test_pruning_twice_is_pruning_once_and_masks_that_rise_bring_channels_back(t
     assert all(torch.equal(value, wanted[name]) for name, value in network.state_dict().items())
 
 
+def test_a_fit_that_goes_on_does_not_unlearn_again_and_prunes_the_suspicious_weights(trainer, tmp_path):
+    (_, (loader,)), ascended = loaders(2), []
+
+    def fit(epochs, **kwargs):
+        module = RNP(lively(small()), unlearning_rounds=1, max_drop=1.0)
+        ascend = module._ascend
+        module._ascend = lambda *args: ascended.append(1) or ascend(*args)
+        runner = trainer(max_epochs=epochs)
+        runner.fit(module, loader, weights_only=True, **kwargs)
+        return module, runner
+
+    _, runner = fit(1)
+    runner.save_checkpoint(tmp_path / "ended.ckpt")  # pruned at the end of the first epoch
+    module, _ = fit(2, ckpt_path=tmp_path / "ended.ckpt")
+    assert len(ascended) == 4
+    wanted = lively(small()).get_parameter("block2.1.weight")
+    with torch.no_grad():
+        module.masks[1].fill_(1.0)
+    module.prune()
+    assert torch.equal(module.model.block2[1].weight, wanted)
+
+
 def test_bad_arguments_of_rnp():
     with pytest.raises(ValueError, match="Expected `model` to be a network with BatchNorm layers that have weights"):
         RNP(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
