@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from nba_lightning import RNP
 from nba_lightning.callbacks import NonFiniteLossError
 from tests.defenses.test_fst import constant
-from tests.helpers import batch, cross_entropy, lively, small
+from tests.helpers import batch, cross_entropy, lively, ready, small
 
 
 def norms_of(network):
@@ -140,7 +140,8 @@ def decided(trainer, masks, **kwargs):
     def set_masks_and_prune():
         with torch.no_grad():
             module.masks[0].copy_(torch.tensor(masks))
-        return prune()
+        prune()
+        return prune()  # once more is as once
 
     module.prune = set_masks_and_prune
     trainer(limit_val_batches=1.0).fit(module, train, data)
@@ -152,8 +153,22 @@ def test_rnp_prunes_up_to_the_highest_threshold_that_the_held_out_images_allow(t
     assert decided(trainer, [0.2, 0.6, 0.95, 0.1], max_drop=0.0) == [True, True, True, False]
     assert decided(trainer, [0.2, 0.6, 0.95, 0.1], max_drop=0.4) == [False, True, True, False]
     assert decided(trainer, [0.2, 0.6, 0.95, 0.1], max_drop=1.0) == [False, False, True, False]  # 0.9 at most
+    assert decided(trainer, [0.2, 0.6, 0.9, 0.1], max_drop=1.0) == [False] * 4  # up to and with the threshold
     assert decided(trainer, [0.0, 0.6, 0.95, 0.1], max_drop=0.0) == [True] * 4  # the first cut is too dear
-    assert decided(trainer, [0.5, 0.95, 0.95, 0.55], max_drop=0.0) == [True] * 4  # 0.5 is, and none behind it is tried
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "threshold"),
+    [
+        ([0.9] * 20, 0.9),
+        ([0.9, 0.95, 0.9, 0.86, 0.85, *[0.9] * 15], 0.1),  # none behind a cut that is too dear
+        ([0.9, 0.8, *[0.9] * 18], -1.0),
+    ],
+)
+def test_the_threshold_is_the_last_before_the_first_that_costs_too_much(accuracies, threshold, trainer):
+    module = ready(RNP(Told(), max_drop=0.045), trainer)
+    module._accuracies = lambda loader: accuracies
+    assert module._threshold() == threshold
 
 
 def test_pruning_twice_is_pruning_once_and_masks_that_rise_bring_channels_back(trainer):
