@@ -20,7 +20,7 @@ class FST(RedrawnHead):
     are drawn from :math:`U(-1/\sqrt{F}, 1/\sqrt{F})` for F features; after each step w is scaled to the norm of w_0.
 
     Source: Min et al., "Towards stable backdoor purification through feature shift tuning", NeurIPS 2023 (arXiv
-    2310.01875), section 4, as the authors' code has it (its text was not at hand). Alpha 0.1, SGD at 0.01 with momentum
+    2310.01875), as the authors' code has it (the text was not at hand). Alpha 0.1, SGD at 0.01 with momentum
     0.9 and without weight decay, batches of 128, ten epochs and a cosine are those of the authors' command for
     CIFAR-10, whose code takes an alpha of 0.2 where none is given; for many classes they advise less, or 0. They take
     2 % of the training images. Their cosine falls epoch by epoch, ours step by step.
