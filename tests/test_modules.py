@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nba_lightning import ANP, NAD, NBA, BackdoorDataModule, Classifier, Defense, FineTuning
+from nba_lightning import ANP, NAD, NBA, RNP, BackdoorDataModule, Classifier, Defense, FineTuning
 from nba_lightning.attacks import BadNets, Blended
 from nba_lightning.behaviors import FSP
 from nba_lightning.callbacks import NonFiniteLossError
@@ -31,11 +31,12 @@ from nba_lightning.pseudo import (
 from nba_lightning.training.distillation import Distillation
 from nba_lightning.training.schedule import cosine_factor
 
-DEFENSES = [
-    cls
-    for cls in (*Defense.__subclasses__(), *Distillation.__subclasses__())
-    if cls.__module__.startswith("nba_lightning") and cls is not Distillation
-]
+
+def below(cls):
+    return [found for child in cls.__subclasses__() for found in (child, *below(child))]
+
+
+DEFENSES = [cls for cls in below(Defense) if cls.__module__.startswith("nba_lightning.defenses")]
 
 
 def build(defense, network, **kwargs):
@@ -43,6 +44,8 @@ def build(defense, network, **kwargs):
         kwargs = {"teacher": another(network)} | kwargs
     if defense is ANP:
         kwargs = {"threshold": 1.0} | kwargs  # a short fit moves masks a little only
+    if defense is RNP:
+        kwargs = {"lr": 50.0, "max_drop": 1.0} | kwargs  # likewise
     if defense is NBA:
         kwargs = {"pseudo": UniversalPerturbations(2, rms=0.2, steps=2)} | kwargs
     return defense(network, **kwargs)

@@ -1,12 +1,15 @@
 """Defences: LightningModules that clean a suspicious network. One file each."""
 
 from nba_lightning.defenses.anp import ANP
+from nba_lightning.defenses.d3 import D3
 from nba_lightning.defenses.fine_pruning import FinePruning
 from nba_lightning.defenses.fine_tuning import FineTuning
+from nba_lightning.defenses.fst import FST
 from nba_lightning.defenses.ft_sam import FTSAM
 from nba_lightning.defenses.i_bau import IBAU
 from nba_lightning.defenses.nad import NAD
 from nba_lightning.defenses.nba import NBA
+from nba_lightning.defenses.rnp import RNP
 from nba_lightning.defenses.sau import SAU
 
-__all__ = ["ANP", "FTSAM", "IBAU", "NAD", "NBA", "SAU", "FinePruning", "FineTuning"]
+__all__ = ["ANP", "D3", "FST", "FTSAM", "IBAU", "NAD", "NBA", "RNP", "SAU", "FinePruning", "FineTuning"]

@@ -1,24 +1,21 @@
 """Adversarial neuron pruning."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from nba_lightning.core.checks import check_at_least, check_range, expected
-from nba_lightning.core.features import logits_of
+from nba_lightning.core.checks import check_at_least, check_range
 from nba_lightning.core.functional import GRADIENT_SCALE
 from nba_lightning.core.modes import frozen_statistics
 from nba_lightning.core.randomness import generator_for
-from nba_lightning.training.defense import Defense
+from nba_lightning.training.neuron_masks import NeuronMasks
 
 
-class ANP(Defense):
+class ANP(NeuronMasks):
     r"""Prune the neurons whose perturbation hurts most: those of the backdoor.
 
     .. math::
@@ -52,8 +49,6 @@ class ANP(Defense):
         ValueError: if the network has no BatchNorm layer with weights, or an argument is out of range.
     """
 
-    compilable = False
-
     def __init__(
         self,
         model: nn.Module,
@@ -73,41 +68,11 @@ class ANP(Defense):
         check_range("alpha", alpha, 0.0, 1.0)
         check_range("threshold", threshold, 0.0, 1.0)
         self.epsilon, self.steps, self.alpha, self.threshold = epsilon, steps, alpha, threshold
-        self.norms = [
-            name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.affine
-        ]
-        if not self.norms:
-            raise expected("model", "a network with BatchNorm layers that have weights", type(model).__name__)
-        self._trainable: list[nn.Parameter] = []
-        self.masks = nn.ParameterList(torch.ones_like(self._norm(name).weight) for name in self.norms)
-
-    def _norm(self, name: str) -> _BatchNorm:
-        norm = self.model.get_submodule(name)
-        assert isinstance(norm, _BatchNorm)
-        return norm
-
-    def setup(self, stage: str) -> None:
-        """As usual; the network's own weights rest during a fit, which spares their gradients."""
-        super().setup(stage)
-        if stage == "fit" and not self._trainable:  # else a fit broke off
-            self._trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            self.model.requires_grad_(False)
-
-    def teardown(self, stage: str) -> None:
-        """Let the weights train again."""
-        super().teardown(stage)
-        for parameter in self._trainable:
-            parameter.requires_grad_()
-        self._trainable = []
-
-    def trained_parameters(self) -> list[nn.Parameter]:
-        """The masks alone."""
-        return list(self.masks)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` in [0, 1] to logits `(B, K)` of the network as pruned by the masks of this moment."""
         kept = [(mask >= self.threshold).to(mask.dtype) for mask in self.masks]
-        return self._masked(images, kept, kept)
+        return self.masked(images, kept, kept)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The masks' loss under the worst perturbation of the neurons."""
@@ -128,16 +93,7 @@ class ANP(Defense):
     ) -> Tensor:
         """Logits with every BatchNorm's weight times (m + delta) and bias times (1 + xi)."""
         weights = self.masks if delta is None else [mask + one for mask, one in zip(self.masks, delta, strict=True)]
-        return self._masked(images, weights, None if xi is None else [1 + one for one in xi])
-
-    def _masked(self, images: Tensor, weights: Iterable[Tensor], biases: Sequence[Tensor] | None) -> Tensor:
-        """Logits with every BatchNorm's weight and bias times these factors."""
-        changed: dict[str, Tensor] = {}
-        for index, (name, factor) in enumerate(zip(self.norms, weights, strict=True)):
-            norm = self._norm(name)
-            changed[f"{name}.weight"] = norm.weight.detach() * factor
-            changed[f"{name}.bias"] = norm.bias.detach() if biases is None else norm.bias.detach() * biases[index]
-        return logits_of(functional_call(self.model, changed, (images,)))
+        return self.masked(images, weights, None if xi is None else [1 + one for one in xi])
 
     def _worst(
         self, images: Tensor, labels: Tensor, generator: torch.Generator
@@ -159,25 +115,12 @@ class ANP(Defense):
             ]
         return tuple(noise[:count]), tuple(noise[count:])
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Keep the masks in [0, 1], and prune with the last step, before any checkpoint is written."""
-        super().optimizer_step(*args, **kwargs)
-        with torch.no_grad():
-            for mask in self.masks:
-                mask.clamp_(0.0, 1.0)
-        if self.trainer.global_step + 1 == self.trainer.estimated_stepping_batches:  # counted when this has returned
-            self.prune()
-
-    def on_train_end(self) -> None:
-        """Prune where the fit ended otherwise."""
-        self.prune()
-
     @torch.no_grad()
     def prune(self) -> int:
         """Set weight and bias of the channels whose mask is below the threshold to 0; how many those are."""
         pruned = 0
         for name, mask in zip(self.norms, self.masks, strict=True):
-            norm = self._norm(name)
+            norm = self.norm(name)
             gone = mask < self.threshold
             norm.weight[gone] = 0.0
             norm.bias[gone] = 0.0

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nba_lightning.core.checks import check_range, expected, first_few
-from nba_lightning.core.features import capture, predict
+from nba_lightning.core.checks import check_range, expected
+from nba_lightning.core.heads import find_head
 from nba_lightning.scan.base import Measured, Scan, Subject
 
 
@@ -51,7 +51,9 @@ class ClassShift(Scan):
     @torch.no_grad()
     def measure(self, subject: Subject, images: Tensor, labels: Tensor | None) -> Measured:
         """One over the length of each class's shift `(K,)`; 0 where no shift reaches the class."""
-        head = find_head(subject, images[:2], self.head)
+        path = find_head(subject.network, images[:2].to(subject.device, subject.dtype), self.head)
+        head = subject.network.get_submodule(path)
+        assert isinstance(head, nn.Linear)
         logits = torch.cat([subject.logits(part.to(subject.device)) for part in torch.split(images, self.batch_size)])
         answers = logits.argmax(dim=1)
         if bool((answers == answers[0]).all()):
@@ -168,28 +170,3 @@ class _Programs:
         there = self.unit.squeeze(1) <= 1e-12  # nothing to gain: a shift of length 0 will do
         residuals = violated.maximum(gap).masked_fill(~reached | there, 0.0)
         return (lengths * self.unit.squeeze(1)).masked_fill(~reached, torch.inf), residuals
-
-
-def find_head(subject: Subject, images: Tensor, name: str | None) -> nn.Linear:
-    """The linear layer whose output is the network's.
-
-    Raises:
-        ValueError: if there is none, or the named one is not.
-    """
-    candidates = {path: module for path, module in subject.network.named_modules() if isinstance(module, nn.Linear)}
-    if name is not None and name not in candidates:
-        raise expected("head", "the path of a linear layer", f"{name!r}. There are: {first_few(candidates, 20)}")
-    names = [path for path in candidates if path] if name is None else [name]
-    if isinstance(subject.network, nn.Linear):
-        return subject.network
-    images = images.to(subject.device, subject.dtype)
-    with capture(subject.network, names) as outputs:
-        logits = predict(subject.network, images)
-    for path in reversed(names):
-        output = outputs.get(path)  # a layer may be there and never be called
-        if output is not None and output.shape == logits.shape and torch.allclose(output, logits):
-            return candidates[path]
-    if name is not None:
-        raise expected("head", "the linear layer whose output is the network's", repr(name))
-    got = f"{type(subject.network).__name__}, whose output is not that of {first_few(names, 20) or 'any linear layer'}"
-    raise expected("network", "one that ends in a linear layer", got)

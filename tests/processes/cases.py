@@ -15,10 +15,13 @@ from torch import nn
 
 from nba_lightning import (
     ANP,
+    D3,
+    FST,
     FTSAM,
     IBAU,
     NAD,
     NBA,
+    RNP,
     SAU,
     BackdoorDataModule,
     Classifier,
@@ -85,6 +88,9 @@ SAME = {
     "nba": nba,
     "ft_sam": lambda: FTSAM(network(), rho=20.0, lr=0.1),
     "anp": lambda: ANP(resting(), steps=2),
+    "fst": lambda: FST(network()),
+    "d3": lambda: D3(network()),
+    "rnp": lambda: RNP(resting(), unlearning_rounds=2, lr=20.0, max_drop=1.0),
     "sau": lambda: SAU(network(), lr=1e-3),
     "i_bau": lambda: IBAU(network(), portion=1.0, lr=1e-3),
 }
