@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from nba_lightning.core.randomness import generator_for
-from nba_lightning.training.verification import Verification, _set_between
+from nba_lightning.training.evidence import Search
+from nba_lightning.training.verification import Verification, set_between
 
 
 class Net(nn.Module):
@@ -32,7 +33,7 @@ def batches():
 
 
 def keep(student, **kwargs):
-    made = Verification(sizes=(0.1,), steps=20, images=300, **kwargs)
+    made = Verification(search=Search(sizes=(0.1,), steps=20, images=300), **kwargs)
     share = made.keep(student, Net(0.0), Net(2000.0), batches(), 100, generator_for(1))
     return share, made
 
@@ -53,7 +54,7 @@ def test_a_student_that_fell_back_gives_up_as_much_as_it_must():
     share, made = keep(student, shares=(1.0, 0.5, 1e-4))
     assert share == 1e-4
     assert abs(float(student.backdoor.detach()) - 2000.0 * 1e-4) < 1e-6
-    assert made.rates["1"][0] > 0.5
+    assert made.rates["over the student 1"][0] > 0.5
     share, _ = keep(student := Net(2000.0), shares=(1.0,))
     assert share == 0.0
     assert float(student.backdoor.detach()) == 0.0
@@ -63,11 +64,11 @@ def test_harmless_knowledge_of_the_suspicious_network_is_taken_beyond_what_the_s
     # What is left of the backdoor at 1.25 is 1e-6 of it; the rest of the suspicious network is as good as new.
     student, suspicious = Net(0.0), Net(2000.0)
     suspicious.steps.data += 8.0
-    made = Verification(sizes=(0.1,), steps=20, images=300, shares=(2.0, 1.000001, 1.0))
+    made = Verification((2.0, 1.000001, 1.0), (), search=Search(sizes=(0.1,), steps=20, images=300))
     share = made.keep(student, Net(0.0), suspicious, batches(), 100, generator_for(1))
     assert share == 1.000001
     assert abs(float(student.backdoor.detach()) - 2000e-6) < 1e-4
-    assert made.rates["2"][0] > 0.5  # the suspicious network itself falls
+    assert made.rates["over the student 2"][0] > 0.5  # the suspicious network itself falls
 
 
 def test_ruins_on_the_way_are_not_kept():
@@ -80,12 +81,12 @@ def test_ruins_on_the_way_are_not_kept():
 
     student, suspicious = Ruin(0.0), Ruin(2000.0)
     suspicious.steps.data += 4.0
-    made = Verification(sizes=(0.1,), steps=20, images=300, shares=(1.5, 1.0))
+    made = Verification((1.5, 1.0), (0.5,), search=Search(sizes=(0.1,), steps=20, images=300))
     assert made.keep(student, Ruin(0.0), suspicious, batches(), 100, generator_for(1)) == 1.0
 
 
 def test_where_no_class_stands_out_nothing_is_taken_beyond_the_student():
-    made = Verification(sizes=(1e-4,), steps=2, images=300)
+    made = Verification(search=Search(sizes=(1e-4,), steps=2, images=300))
     student = Net(0.0)
     student.steps.data += 4.0
     assert made.keep(student, Net(0.0), Net(2000.0), batches(), 100, generator_for(1)) == 1.0
@@ -94,19 +95,43 @@ def test_where_no_class_stands_out_nothing_is_taken_beyond_the_student():
 
 def test_a_suspected_class_is_held_to_the_margin_and_others_to_theirs():
     made = Verification(margin=0.02, margin_elsewhere=0.1)
-    evidence = made.look(Net(2000.0), Net(0.0), batches(), 100, generator_for(1))
-    assert evidence.suspects.tolist() == [True, False, False]
-    gap = evidence.rates["suspicious"][0] - evidence.rates["teacher"][0]
-    assert gap > 0.5
-    found = iter([(0.019 * gap, 0.09, 0.0), (0.021 * gap, 0.0, 0.0), (0.0, 0.11, 0.0)])
-    made._measure = lambda *_: evidence.taught + torch.tensor(next(found))
-    assert [made.withstands(Net(0.0), evidence, str(k)) for k in (1, 2, 3)] == [True, False, False]
+    evidence = made.search(Net(2000.0), Net(0.0), batches(), 100, generator_for(1))
+    assert evidence.classes.tolist() == [0, 1, 2, 0]  # the next larger perturbation counts for the suspected one too
+    assert evidence.suspects.tolist() == [True, False, False, True]
+    gaps = evidence.gaps
+    assert gaps[0] > 0.5
+    assert gaps[3] > 0.5
+    found = iter([(0.01, 0.09, 0.0, 0.029), (0.01, 0.0, 0.0, 0.031), (0.0, 0.11, 0.0, 0.0)])
+
+    def fell(*_):
+        first, second, third, again = next(found)
+        return evidence.taught + torch.stack(
+            [first * gaps[0], torch.tensor(second), torch.tensor(third), again * gaps[3]]
+        )
+
+    evidence.won = fell
+    assert [made.passes(Net(0.0), evidence, str(k)) for k in (1, 2, 3)] == [True, False, False]
+
+
+def test_of_two_ways_the_one_that_agrees_more_with_the_suspicious_network_is_kept():
+    # Nothing of the backdoor is left at 1e-6 of it; the student has unlearned half of the images.
+    class Half(Net):
+        def forward(self, images):
+            return super().forward(images) + (self.steps < 1e-7) * torch.tensor([0.0, 0.0, 9.0])
+
+    teacher, student, suspicious = Half(0.0), Half(0.0), Half(2000.0)
+    suspicious.steps.data += 1.0
+    made = Verification((1.0,), (0.9, 1e-6), search=Search(sizes=(0.1,), steps=20, images=300))
+    assert made.keep(student, teacher, suspicious, batches(), 100, generator_for(1)) == 1e-6
+    assert float(student.steps.detach()) > 5e-7
+    assert "of the way from the teacher back to the suspicious network" in made.sentence
+    assert made.rates["direct 0.9"][0] > 0.5
 
 
 def test_of_the_sizes_the_one_counts_at_which_a_class_is_furthest_ahead():
     def size(suspicious, teacher, **kwargs):
-        made = Verification(sizes=(0.02, 0.05, 0.4), steps=20, images=300, **kwargs)
-        return float(made.look(suspicious, teacher, batches(), 100, generator_for(1)).bank[0].square().mean().sqrt())
+        search = Search(sizes=(0.02, 0.05, 0.4), steps=20, images=300, **kwargs)
+        return float(search(suspicious, teacher, batches(), 100, generator_for(1)).bank[0].square().mean().sqrt())
 
     assert abs(size(Net(2000.0), Net(0.0), suspected=1.0) - 0.05) < 0.01  # at 0.4 the teacher falls as well
 
@@ -124,8 +149,8 @@ def test_of_many_classes_those_to_which_synthetic_triggers_move_the_suspicious_n
             return logits
 
     images = [torch.full((8, 1, 8, 8), 0.5)] * 3
-    made = Verification(classes=1, sizes=(0.01,), steps=1, images=24)
-    evidence = made.look(Many(1e4), Many(0.0), iter(images * 9), 3, generator_for(0))
+    search = Search(classes=1, sizes=(0.01,), steps=1, images=24)
+    evidence = search(Many(1e4), Many(0.0), iter(images * 9), 3, generator_for(0))
     assert evidence.classes.tolist() == [33]
     assert evidence.bank.shape == (1, 1, 8, 8)
     assert len(evidence.rates["teacher"]) == 1
@@ -134,7 +159,7 @@ def test_of_many_classes_those_to_which_synthetic_triggers_move_the_suspicious_n
 def test_statistics_are_mixed_like_weights():
     network, start, end = (nn.BatchNorm2d(3) for _ in range(3))
     start.running_mean.fill_(1.0), end.running_mean.fill_(3.0)
-    _set_between(network, start.state_dict(), end.state_dict(), 0.25)
+    set_between(network, start.state_dict(), end.state_dict(), 0.25)
     assert network.running_mean.tolist() == [1.5] * 3
 
 
@@ -143,6 +168,6 @@ def test_weights_between_are_those_that_a_half_precision_pass_sees():
     images = torch.rand(2, 4)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for share, other in ((1.0, end), (0.0, start)):
-            _set_between(network, start.state_dict(), end.state_dict(), share)
+            set_between(network, start.state_dict(), end.state_dict(), share)
             with torch.enable_grad():
                 assert torch.equal(network(images), other(images))

@@ -27,6 +27,7 @@ from nba_lightning.io.checkpoints import SafeCheckpointIO
 from nba_lightning.pseudo import TriggerFamilies
 from nba_lightning.training import Defense
 from nba_lightning.training.sweep import RATES, STUDENT_SHARE, USUAL_RATE, keeps, strongest_rate, usual_optimizer
+from nba_lightning.training.verification import Verification
 
 TEACHER_STEPS, STUDENT_STEPS = 450, 450
 _LEAST_EPOCHS = 5
@@ -167,8 +168,9 @@ class Link:
     def _chosen(self, module: Defense, runner: pl.Trainer) -> dict[str, Any]:
         optimizer = runner.optimizers[0] if runner.optimizers else None
         group = optimizer.param_groups[0] if optimizer is not None else {}
-        accepted = getattr(module, "accepted", None)
-        of_suspicious = {} if accepted is None else {"accepted": float(accepted)}
+        of_suspicious: dict[str, Any] = {}
+        if isinstance(verification := getattr(module, "verification", None), Verification):
+            of_suspicious = {"accepted": float(torch.as_tensor(module.accepted)), "verified": verification.sentence}
         return {
             "optimiser": type(optimizer).__name__,
             "rate": float(group.get("initial_lr", group.get("lr", module.lr))),

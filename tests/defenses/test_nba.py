@@ -212,7 +212,7 @@ def test_a_backdoor_that_was_fine_tuned_in_does_not_come_back(fine_tuned_in, tra
     options = {"terms": Terms(suspicious=8.0), "pseudo_share": 0.0, "lr": 0.1}
     module = NBA(copy.deepcopy(network), teacher=teacher, **options)
     trusting = NBA(copy.deepcopy(network), teacher=teacher, **options)
-    trusting.verification.shares, trusting.verification.withstands = [1.0], lambda *_: True
+    trusting.verification.shares, trusting.verification.passes = [1.0], lambda *_: True
     for one in (module, trusting):
         trainer(max_epochs=20).fit(one, data)
     assert rates(trainer, trusting.model, data)[1] > taught[1] + 0.08  # it does come back where nobody verifies
