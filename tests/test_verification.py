@@ -113,19 +113,19 @@ def test_a_suspected_class_is_held_to_the_margin_and_others_to_theirs():
     assert [made.passes(Net(0.0), evidence, str(k)) for k in (1, 2, 3)] == [True, False, False]
 
 
-def test_of_two_ways_the_one_that_agrees_more_with_the_suspicious_network_is_kept():
-    # Nothing of the backdoor is left at 1e-6 of it; the student has unlearned half of the images.
-    class Half(Net):
-        def forward(self, images):
-            return super().forward(images) + (self.steps < 1e-7) * torch.tensor([0.0, 0.0, 9.0])
+def test_of_two_ways_the_one_that_is_right_more_often_is_kept():
+    # Nothing of the backdoor is left at 1e-6 of it.
+    def kept(judge):
+        teacher, student, suspicious = Net(0.0), Net(0.0), Net(2000.0)
+        student.steps.data += 4.0
+        made = Verification((1.0,), (0.9, 1e-6), search=Search(sizes=(0.1,), steps=20, images=300))
+        share = made.keep(student, teacher, suspicious, batches(), 100, generator_for(1), judge=judge)
+        assert made.rates["direct 0.9"][0] > 0.5
+        return share, float(student.steps.detach()), "from the teacher back to the suspicious" in made.sentence
 
-    teacher, student, suspicious = Half(0.0), Half(0.0), Half(2000.0)
-    suspicious.steps.data += 1.0
-    made = Verification((1.0,), (0.9, 1e-6), search=Search(sizes=(0.1,), steps=20, images=300))
-    assert made.keep(student, teacher, suspicious, batches(), 100, generator_for(1)) == 1e-6
-    assert float(student.steps.detach()) > 5e-7
-    assert "of the way from the teacher back to the suspicious network" in made.sentence
-    assert made.rates["direct 0.9"][0] > 0.5
+    assert kept(lambda network: float(network.steps.detach())) == (1.0, 4.0, False)
+    assert kept(lambda network: -float(network.steps.detach())) == (1e-6, 0.0, True)
+    assert kept(None) == (1e-6, 0.0, True)  # nothing tells them apart
 
 
 def test_of_the_sizes_the_one_counts_at_which_a_class_is_furthest_ahead():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nba_lightning.behaviors.base import Behavior, alignment_loss
 from nba_lightning.behaviors.gram import ChannelGram
 from nba_lightning.callbacks.given import unless_given
+from nba_lightning.callbacks.guard import answers
 from nba_lightning.callbacks.pseudo_samples import PseudoSampleRegeneration
 from nba_lightning.core.augmentation import CutMix
 from nba_lightning.core.checks import check_at_least, check_range, expected
@@ -243,5 +244,11 @@ class NBA(Distillation):
                 batches_of_an_epoch(self.trainer),
                 generator,
                 self.reduce,
+                self._right if answers(self.trainer, self.model) is not None else None,
             )
         self.accepted.fill_(share)
+
+    def _right(self, network: nn.Module) -> float:
+        """Accuracy on the images that are held out."""
+        found = answers(self.trainer, network)
+        return 0.0 if found is None else found.accuracy().value

@@ -1,6 +1,6 @@
 """How much of the suspicious network's knowledge can be kept without its backdoor."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -30,8 +30,9 @@ class Verification:
     from the teacher, but for ``margin`` of the gap between teacher and :math:`S_0`, and no other class more than
     ``margin_elsewhere`` of the images or half of its gap. It must also agree with the suspicious network on clean
     images as often as the teacher does: weights that are far apart may have nothing but ruins between them. Of the two
-    the one that agrees more often is kept, the teacher if there is none. Where no class is suspected, only the way to
-    the student is gone: what cannot be seen is not asked for. BatchNorm statistics are mixed like the weights;
+    the one is kept that is right on more of the images held out, without such images the one on the direct way, and the
+    teacher if there is none. Where no class is suspected, only the way to the student is gone: what cannot be seen is
+    not asked for. BatchNorm statistics are mixed like the weights;
     estimated anew on plain images they would not be those of the mixture with pseudo samples on which all were learned.
 
     Ours; what led to the thresholds is in ``benchmarks/METHOD.md``. Weights between a network and what was fine-tuned
@@ -82,6 +83,7 @@ class Verification:
         one_pass: int,
         generator: torch.Generator | None = None,
         reduce: Reduce = same,
+        judge: Callable[[nn.Module], float] | None = None,
     ) -> float:
         """Leave in ``student`` what passes.
 
@@ -93,6 +95,7 @@ class Verification:
             one_pass: after how many batches they come again.
             generator: source of randomness, the same on all processes.
             reduce: averages a tensor over all processes.
+            judge: accuracy of a network on clean images that nothing was fitted to; ``None`` where there are none.
 
         Returns:
             r of what is kept; 0 if it is the teacher.
@@ -102,16 +105,18 @@ class Verification:
         learned = {name: value.clone() for name, value in student.state_dict().items()}
         ways = {_OVER: [(r, _place(r, start, learned, end)) for r in self.shares if r <= 1]}
         if bool(evidence.suspects.any()):
+            ways = {_DIRECT: [(r, (start, end, r)) for r in self.direct]}
             ways[_OVER] = [(r, _place(r, start, learned, end)) for r in self.shares]
-            ways[_DIRECT] = [(r, (start, end, r)) for r in self.direct]
-        kept, chosen, most = 0.0, "", evidence.agreement(teacher) - _LESS_AGREEMENT
+        least = evidence.agreement(teacher) - _LESS_AGREEMENT
+        kept, chosen, best = 0.0, "", -1.0
         where: tuple[State, State, float] = (start, start, 0.0)
         for way, places in ways.items():
             for r, place in places:
                 set_between(student, *place)
-                agreed = evidence.agreement(student)
-                if agreed >= most and self.passes(student, evidence, f"{way} {r:g}"):
-                    kept, chosen, most, where = r, way, agreed, place
+                if evidence.agreement(student) >= least and self.passes(student, evidence, f"{way} {r:g}"):
+                    right = judge(student) if judge is not None else 0.0
+                    if right > best:
+                        kept, chosen, best, where = r, way, right, place
                     break
         set_between(student, *where)
         self.rates, self.sentence = evidence.rates, _sentence(kept, chosen, evidence)
