@@ -1,5 +1,8 @@
 """Attacks: triggers, relabelling and who is poisoned. One file each."""
 
+from nba_lightning.attacks.adap_blend import AdapBlend
+from nba_lightning.attacks.adap_patch import AdapPatch
+from nba_lightning.attacks.adaptive import AdaptiveAttack
 from nba_lightning.attacks.badnets import BadNets
 from nba_lightning.attacks.base import Attack
 from nba_lightning.attacks.blended import Blended
@@ -21,6 +24,9 @@ __all__ = [
     "LF",
     "SIG",
     "SSBA",
+    "AdapBlend",
+    "AdapPatch",
+    "AdaptiveAttack",
     "Attack",
     "BadNets",
     "Blended",

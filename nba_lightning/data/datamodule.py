@@ -141,7 +141,8 @@ class BackdoorDataModule(SeededLoading):
                 train = ReplacedImages(train, self.partition.poisoned, bases)
         roles = torch.zeros(len(train), dtype=torch.uint8)
         roles[self.partition.poisoned], roles[self.partition.cross] = POISONED, CROSS
-        return self._loader(Batches(train, indices, roles[indices]), self.batch_size, shuffle=True)
+        places = self.partition.places(len(train))
+        return self._loader(Batches(train, indices, roles[indices], places[indices]), self.batch_size, shuffle=True)
 
     def _compute_attack(self, attack: Attack) -> None:
         """Let the attack compute what it needs. Late, so that a state from a checkpoint spares it."""
@@ -221,7 +222,7 @@ class BackdoorDataModule(SeededLoading):
             generator = self._generator(7, batch) if attack.cross_ratio else None
             assert labels is not None
             with torch.no_grad():
-                images, labels = attack.poison(images, labels, batch.roles, generator)
+                images, labels = attack.poison(images, labels, batch.roles, generator, batch.places)
         if self.augment is not None:
             images = self.augment(images, self._generator(3, batch))
         return replace(batch, images=self._converted(images), labels=labels)
