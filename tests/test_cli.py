@@ -67,6 +67,22 @@ def test_shipped_attacks_and_defenses_run(name, tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))  # a fast_dev_run leaves nothing behind
 
 
+@pytest.mark.parametrize(("name", "module"), [("fine_tuned", "Classifier"), ("flattened", "FlattenedTraining")])
+def test_shipped_implants_go_with_any_attack(name, module, tmp_path):
+    weights = tmp_path / "clean" / "w.safetensors"
+    save_weights(SmallCNN(width=16, in_channels=1).state_dict(), weights)
+    parts = [f"--config={CONFIGS / part}.yaml" for part in ("data/digits", "attack/wanet", "network/small_cnn_digits")]
+    implant = [
+        f"--config={CONFIGS / 'implant' / name}.yaml",
+        "--model.weights",
+        str(tmp_path / "clean" / "w.safetensors"),
+    ]
+    run_fast(tmp_path, *parts, *implant, "--data.batch_size", "16")
+    shown = yaml.safe_load((CONFIGS / "implant" / f"{name}.yaml").read_text())
+    assert shown["model"]["class_path"].endswith(f".{module}")
+    assert shown["data"]["init_args"]["train_on"] == "poisoned"
+
+
 def test_ssba_in_two_commands_as_in_the_readme(tmp_path):
     parts = [
         argument
