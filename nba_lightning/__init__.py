@@ -5,7 +5,7 @@ from typing import Any
 from nba_lightning._moved import install
 from nba_lightning.data import BackdoorDataModule, CleanImages
 from nba_lightning.defenses import ANP, FTSAM, IBAU, NAD, NBA, SAU, FinePruning, FineTuning
-from nba_lightning.implants import FlattenedTraining, InputAwareTraining, Steganography
+from nba_lightning.implants import FlattenedTraining, GrondTraining, InputAwareTraining, Steganography
 from nba_lightning.io.adapters import Normalized
 from nba_lightning.io.batches import Batch
 from nba_lightning.io.weights import load_weights
@@ -29,6 +29,7 @@ __all__ = [
     "FinePruning",
     "FineTuning",
     "FlattenedTraining",
+    "GrondTraining",
     "InputAwareTraining",
     "Normalized",
     "Steganography",

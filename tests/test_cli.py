@@ -46,6 +46,7 @@ def run_fast(tmp_path, *arguments):
 
 SURROGATE = ["--data.attack.surrogate", "nba_lightning.networks.SmallCNN", "--data.attack.surrogate.in_channels", "1"]
 NEEDS = {
+    "attack/grond.yaml": [*SURROGATE, "--data.attack.steps", "1"],
     "attack/lc.yaml": [*SURROGATE, "--data.attack.steps", "1"],
     "attack/trojannn.yaml": [*SURROGATE, "--data.attack.steps", "1"],
     "attack/ftrojan.yaml": ["--data.attack.block", "8"],
@@ -67,7 +68,9 @@ def test_shipped_attacks_and_defenses_run(name, tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))  # a fast_dev_run leaves nothing behind
 
 
-@pytest.mark.parametrize(("name", "module"), [("fine_tuned", "Classifier"), ("flattened", "FlattenedTraining")])
+@pytest.mark.parametrize(
+    ("name", "module"), [("fine_tuned", "Classifier"), ("flattened", "FlattenedTraining"), ("grond", "GrondTraining")]
+)
 def test_shipped_implants_go_with_any_attack(name, module, tmp_path):
     weights = tmp_path / "clean" / "w.safetensors"
     save_weights(SmallCNN(width=16, in_channels=1).state_dict(), weights)

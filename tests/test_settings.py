@@ -121,6 +121,7 @@ def test_every_shipped_setting_is_complete(path):
     assert stage.get("from", "clean") == "clean"
     module, _, _ = poisoned_training(found["attack"]["config"], stage.get("implant"))
     assert module["class_path"].endswith("FlattenedTraining") == (stage.get("implant") == "flattened")
+    assert module["class_path"].endswith("GrondTraining") == (found["attack"]["config"] == "grond")
     spec = config("attack", found["attack"]["config"])["data"]["init_args"]["attack"]
     own = {name: value for name, value in found["attack"].get("init_args", {}).items() if name != "pattern"}
     assert isinstance(build(Attack, merged(spec, {"init_args": own})), Attack)

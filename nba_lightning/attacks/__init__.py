@@ -8,6 +8,7 @@ from nba_lightning.attacks.base import Attack
 from nba_lightning.attacks.blended import Blended
 from nba_lightning.attacks.bpp import BPP
 from nba_lightning.attacks.ftrojan import FTrojan
+from nba_lightning.attacks.grond import Grond
 from nba_lightning.attacks.input_aware import InputAware
 from nba_lightning.attacks.lc import LC
 from nba_lightning.attacks.lf import LF
@@ -31,6 +32,7 @@ __all__ = [
     "BadNets",
     "Blended",
     "FTrojan",
+    "Grond",
     "InputAware",
     "Refool",
     "SurrogateAttack",
