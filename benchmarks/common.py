@@ -32,7 +32,8 @@ from nba_lightning.data.dataset import LabeledImages, MemoryImages
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
-ATTACKS = sorted(path.stem for path in (CONFIGS / "attack").glob("*.yaml") if path.stem != "none")
+ELSEWHERE = ("none", "scar")  # no attack; one that starts from a clean model, as settings do
+ATTACKS = sorted(path.stem for path in (CONFIGS / "attack").glob("*.yaml") if path.stem not in ELSEWHERE)
 DEFENSES = sorted(path.stem for path in (CONFIGS / "defense").glob("*.yaml") if path.stem != "none")
 BATCH_SIZE, SHAPE = 128, (3, 32, 32)
 

@@ -46,6 +46,7 @@ def run_fast(tmp_path, *arguments):
 
 SURROGATE = ["--data.attack.surrogate", "nba_lightning.networks.SmallCNN", "--data.attack.surrogate.in_channels", "1"]
 NEEDS = {
+    "attack/scar.yaml": [*SURROGATE, "--data.attack.steps", "1"],
     "attack/grond.yaml": [*SURROGATE, "--data.attack.steps", "1"],
     "attack/lc.yaml": [*SURROGATE, "--data.attack.steps", "1"],
     "attack/trojannn.yaml": [*SURROGATE, "--data.attack.steps", "1"],
@@ -84,6 +85,12 @@ def test_shipped_implants_go_with_any_attack(name, module, tmp_path):
     shown = yaml.safe_load((CONFIGS / "implant" / f"{name}.yaml").read_text())
     assert shown["model"]["class_path"].endswith(f".{module}")
     assert shown["data"]["init_args"]["train_on"] == "poisoned"
+
+
+def test_scar_s_teacher_is_trained_by_its_config(tmp_path):
+    parts = [f"--config={CONFIGS / part}.yaml" for part in ("data/digits", "attack/scar", "network/small_cnn_digits")]
+    implant = [f"--config={CONFIGS / 'implant' / 'scar'}.yaml", *NEEDS["attack/scar.yaml"]]
+    run_fast(tmp_path, *parts, *implant, "--data.batch_size", "16", "--model.fixed_point_steps", "2")
 
 
 def test_ssba_in_two_commands_as_in_the_readme(tmp_path):

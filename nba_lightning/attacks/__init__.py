@@ -13,6 +13,7 @@ from nba_lightning.attacks.input_aware import InputAware
 from nba_lightning.attacks.lc import LC
 from nba_lightning.attacks.lf import LF
 from nba_lightning.attacks.refool import Refool
+from nba_lightning.attacks.scar import SCAR
 from nba_lightning.attacks.sig import SIG
 from nba_lightning.attacks.ssba import SSBA
 from nba_lightning.attacks.surrogate import SurrogateAttack
@@ -23,6 +24,7 @@ __all__ = [
     "BPP",
     "LC",
     "LF",
+    "SCAR",
     "SIG",
     "SSBA",
     "AdapBlend",

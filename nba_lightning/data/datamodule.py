@@ -134,8 +134,9 @@ class BackdoorDataModule(SeededLoading):
         indices = self._training_indices()
         if self.train_on == "clean" or self.attack is None:
             return self._loader(Batches(train, indices), self.batch_size, shuffle=True)
-        if self.train_on == "poisoned":
+        if self.train_on == "poisoned" or not self.attack.ready:
             self._compute_attack(self.attack)
+        if self.train_on == "poisoned":
             bases = self.attack.bases()
             if bases is not None:
                 train = ReplacedImages(train, self.partition.poisoned, bases)
