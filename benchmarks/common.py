@@ -32,7 +32,8 @@ from nba_lightning.data.dataset import LabeledImages, MemoryImages
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
-ATTACKS = sorted(path.stem for path in (CONFIGS / "attack").glob("*.yaml") if path.stem != "none")
+ELSEWHERE = ("none", "scar")  # no attack; one that starts from a clean model, as settings do
+ATTACKS = sorted(path.stem for path in (CONFIGS / "attack").glob("*.yaml") if path.stem not in ELSEWHERE)
 DEFENSES = sorted(path.stem for path in (CONFIGS / "defense").glob("*.yaml") if path.stem != "none")
 BATCH_SIZE, SHAPE = 128, (3, 32, 32)
 
@@ -91,11 +92,20 @@ def config(kind: str, name: str) -> Any:
     return yaml.safe_load((CONFIGS / kind / f"{name}.yaml").read_text())
 
 
-def poisoned_training(attack: str | None) -> tuple[Any, str, int]:
-    """The module that trains with an attack, on which images, and the epochs that it takes beside the classifier's."""
-    if attack is None or not (CONFIGS / "implant" / f"{attack}.yaml").exists():
+def poisoned_training(attack: str | None, implant: str | None = None) -> tuple[Any, str, int]:
+    """The module that trains with an attack, on which images, and the epochs that it takes beside the classifier's.
+
+    Args:
+        attack: a file of ``configs/attack``; ``None`` for a model that nobody poisons.
+        implant: a file of ``configs/implant`` for attacks that have none of their own; ``None`` for plain training.
+    """
+    own_way = attack is not None and (CONFIGS / "implant" / f"{attack}.yaml").exists()
+    if own_way and implant not in (None, attack):
+        raise ValueError(f"Expected no `implant` for {attack}, which is implanted in its own way, but got {implant!r}.")
+    chosen = attack if own_way else implant
+    if attack is None or chosen is None:
         return config("defense", "none")["model"], "poisoned", 0
-    found = config("implant", attack)
+    found = config("implant", chosen)
     own = found["model"]["init_args"].get("mask_epochs", 0)
     return found["model"], found["data"]["init_args"]["train_on"], own
 

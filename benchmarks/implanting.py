@@ -106,7 +106,8 @@ def made(
     pl.seed_everything(0, verbose=False)
     if "weights" in stage:
         return converted(args, setting, part)
-    module_spec, train_on, more = poisoned_training(None if attack is None else setting["attack"]["config"])
+    name = None if attack is None else setting["attack"]["config"]
+    module_spec, train_on, more = poisoned_training(name, stage.get("implant"))
     epochs = stage["epochs"] + more
     changes: dict[str, Any] = {"batch_size": stage.get("batch_size", BATCH_SIZE), "train_on": train_on}
     own_data = config("attack", setting["attack"]["config"])["data"]["init_args"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cells
+from reactivation_report import NEVER, awake
 
 METRICS = {"acc": max, "asr": min, "ra": max, "der": max}
 GROUPS = {
@@ -14,6 +15,7 @@ GROUPS = {
 }
 Cell = Mapping[str, Any]
 Found = Mapping[str, Mapping[str, Sequence[Cell]]]  # by setting, then by defence
+Awake = Mapping[tuple[str, str], Sequence[float]]  # ASR after re-activation, by setting and defence
 
 
 def by_setting(found: Iterable[Cell]) -> dict[str, dict[str, list[Cell]]]:
@@ -42,16 +44,16 @@ def best_of(defenses: Mapping[str, Sequence[Cell]]) -> dict[str, float]:
     return {metric: METRICS[metric](found) for metric, found in means.items() if found}
 
 
-def rows(setting: str, defenses: Mapping[str, Sequence[Cell]]) -> list[str]:
+def rows(setting: str, defenses: Mapping[str, Sequence[Cell]], after: Awake) -> list[str]:
     """Undefended, floor and ceiling, then every defence; the best mean of each metric in bold."""
     before: Cell = next(iter(defenses.get("none", ())), {})
     own = {name: group for name, group in sorted(defenses.items()) if name != "none"}
     lines, best = [], best_of(own)
     if "acc" in before:
         for title, row in {"*undefended*": before, "*never poisoned*": before["never_poisoned"]}.items():
-            lines.append(
-                f"| {setting} | {title} | 1 | " + " | ".join(spread(values([row], m)) for m in METRICS) + " | |"
-            )
+            again = spread(after.get((setting, NEVER), ())) if row is not before else ""
+            shown = [*(spread(values([row], metric)) for metric in METRICS), again, ""]
+            lines.append(f"| {setting} | {title} | 1 | " + " | ".join(shown) + " |")
     for name, group in own.items():
         failed = [cell["error"] for cell in group if "error" in cell]
         note = f" ({len(failed)} failed: {failed[0]})" if failed else ""
@@ -62,7 +64,8 @@ def rows(setting: str, defenses: Mapping[str, Sequence[Cell]]) -> list[str]:
             shown.append(f"**{spread(numbers)}**" if marked else spread(numbers))
         passes = values(group, "passes_per_image", 1.0)
         cost = f"{statistics.mean(passes):.0f}" if passes else ""
-        lines.append(f"| {setting} | {name} | {len(group) - len(failed)}{note} | " + " | ".join([*shown, cost]) + " |")
+        shown += [spread(after.get((setting, name), ())), cost]
+        lines.append(f"| {setting} | {name} | {len(group) - len(failed)}{note} | " + " | ".join(shown) + " |")
     return lines
 
 
@@ -113,7 +116,10 @@ def report(results: Path, only: Sequence[str] | None = None) -> str:
     Args:
         results: folder of the cells.
         only: defences to show; ``None`` for all.
+
+    The cells of ``reactivation.py`` are looked for beside the folder.
     """
+    after = awake(cells(results.parent / "reactivation"))
     chosen = [cell for cell in cells(results) if only is None or cell["defense"] in (*only, "none")]
     parts: list[str] = []
     for group, title in GROUPS.items():
@@ -122,9 +128,9 @@ def report(results: Path, only: Sequence[str] | None = None) -> str:
         found = by_setting(cell for cell in chosen if cell["setting"] in names)
         if not found:
             continue
-        head = "| setting | defence | n | ACC | ASR | RA | DER | passes per image |"
-        lines = [line for setting, defenses in sorted(found.items()) for line in rows(setting, defenses)]
-        parts += [f"**{title}.**", "\n".join(averages(found)), "\n".join([head, "|---" * 8 + "|", *lines])]
+        head = "| setting | defence | n | ACC | ASR | RA | DER | re-activated ASR | passes per image |"
+        lines = [line for setting, defenses in sorted(found.items()) for line in rows(setting, defenses, after)]
+        parts += [f"**{title}.**", "\n".join(averages(found)), "\n".join([head, "|---" * 9 + "|", *lines])]
     if not parts:
         raise SystemExit(f"No such cell in {results}; run benchmarks/settings.py first.")
     return "\n\n".join(parts)

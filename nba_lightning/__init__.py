@@ -5,7 +5,7 @@ from typing import Any
 from nba_lightning._moved import install
 from nba_lightning.data import BackdoorDataModule, CleanImages
 from nba_lightning.defenses import ANP, D3, FST, FTSAM, IBAU, NAD, NBA, RNP, SAU, FinePruning, FineTuning
-from nba_lightning.implants import InputAwareTraining, Steganography
+from nba_lightning.implants import FlattenedTraining, GrondTraining, InputAwareTraining, SCARTraining, Steganography
 from nba_lightning.io.adapters import Normalized
 from nba_lightning.io.batches import Batch
 from nba_lightning.io.weights import load_weights
@@ -31,8 +31,11 @@ __all__ = [
     "Defense",
     "FinePruning",
     "FineTuning",
+    "FlattenedTraining",
+    "GrondTraining",
     "InputAwareTraining",
     "Normalized",
+    "SCARTraining",
     "Steganography",
     "clean",
     "load_weights",

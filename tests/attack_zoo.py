@@ -29,7 +29,7 @@ class TinySet:
 
 def arguments(attack_class, channels):
     """What an attack needs beside its defaults: a surrogate, and few steps."""
-    if attack_class.__name__ not in ("LC", "TrojanNN"):
+    if attack_class.__name__ not in ("SCAR", "Grond", "LC", "TrojanNN"):
         return {}
     torch.manual_seed(1)
     return {"surrogate": SmallCNN(width=4, in_channels=channels), "steps": 3}

@@ -13,6 +13,8 @@ from nba_lightning.attacks import (
     LF,
     SIG,
     SSBA,
+    AdapBlend,
+    AdaptiveAttack,
     BadNets,
     Blended,
     FTrojan,
@@ -40,7 +42,7 @@ def kwargs_for(attack_class, shape):
 
 def test_all_attacks_are_exported():
     assert {attack.__name__ for attack in ATTACKS} <= set(attacks.__all__)
-    assert len(ATTACKS) >= 12
+    assert len(ATTACKS) >= 16
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -63,6 +65,8 @@ def test_contract(attack_class, shape):
 
 
 SEEDS = {
+    "AdapBlend": "pattern_seed",
+    "AdapPatch": "pattern_seed",
     "Blended": "pattern_seed",
     "LF": "pattern_seed",
     "TrojanNN": "pattern_seed",
@@ -92,7 +96,7 @@ def test_the_state_brings_back_the_exact_trigger(attack_class, tmp_path):
         other(state=path).prepare((3, 16, 16), 10)
 
 
-@pytest.mark.parametrize("attack_class", [Blended, WaNet, Refool, LC])
+@pytest.mark.parametrize("attack_class", [Blended, AdapBlend, WaNet, Refool, LC])
 def test_a_state_of_another_image_size_is_named(attack_class, tmp_path):
     path = str(tmp_path / "attack.safetensors")
     save_weights(build(attack_class, (1, 8, 8)).state_dict(), path)
@@ -177,7 +181,8 @@ def test_poisoning_a_batch_touches_whom_it_should(attack_class):
     roles = torch.tensor([CLEAN, POISONED, CROSS, CLEAN, POISONED, CROSS], dtype=torch.uint8)
     changed, targets = attack.poison(images, labels, roles, torch.Generator().manual_seed(0))
     torch.testing.assert_close(changed[roles == CLEAN], images[roles == CLEAN])
-    torch.testing.assert_close(changed[roles == POISONED], attack(images)[roles == POISONED])
+    planted = attack.plant(images, torch.arange(6)) if isinstance(attack, AdaptiveAttack) else attack(images)
+    torch.testing.assert_close(changed[roles == POISONED], planted[roles == POISONED])
     assert targets.tolist() == [0, 3, 2, 3, 3, 5]
     if attack.cross_ratio:
         cross = roles == CROSS

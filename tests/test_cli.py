@@ -46,6 +46,8 @@ def run_fast(tmp_path, *arguments):
 
 SURROGATE = ["--data.attack.surrogate", "nba_lightning.networks.SmallCNN", "--data.attack.surrogate.in_channels", "1"]
 NEEDS = {
+    "attack/scar.yaml": [*SURROGATE, "--data.attack.steps", "1"],
+    "attack/grond.yaml": [*SURROGATE, "--data.attack.steps", "1"],
     "attack/lc.yaml": [*SURROGATE, "--data.attack.steps", "1"],
     "attack/trojannn.yaml": [*SURROGATE, "--data.attack.steps", "1"],
     "attack/ftrojan.yaml": ["--data.attack.block", "8"],
@@ -65,6 +67,30 @@ def test_shipped_attacks_and_defenses_run(name, tmp_path):
         teacher = ["--model.teacher_weights", str(tmp_path / "teacher" / "w.safetensors")]
     run_fast(tmp_path, *compose(**{kind: stem}), *NEEDS.get(name, []), *teacher, "--data.batch_size", "16")
     assert not list(tmp_path.glob("*.safetensors"))  # a fast_dev_run leaves nothing behind
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("fine_tuned", "Classifier"), ("flattened", "FlattenedTraining"), ("grond", "GrondTraining")]
+)
+def test_shipped_implants_go_with_any_attack(name, module, tmp_path):
+    weights = tmp_path / "clean" / "w.safetensors"
+    save_weights(SmallCNN(width=16, in_channels=1).state_dict(), weights)
+    parts = [f"--config={CONFIGS / part}.yaml" for part in ("data/digits", "attack/wanet", "network/small_cnn_digits")]
+    implant = [
+        f"--config={CONFIGS / 'implant' / name}.yaml",
+        "--model.weights",
+        str(tmp_path / "clean" / "w.safetensors"),
+    ]
+    run_fast(tmp_path, *parts, *implant, "--data.batch_size", "16")
+    shown = yaml.safe_load((CONFIGS / "implant" / f"{name}.yaml").read_text())
+    assert shown["model"]["class_path"].endswith(f".{module}")
+    assert shown["data"]["init_args"]["train_on"] == "poisoned"
+
+
+def test_scar_s_teacher_is_trained_by_its_config(tmp_path):
+    parts = [f"--config={CONFIGS / part}.yaml" for part in ("data/digits", "attack/scar", "network/small_cnn_digits")]
+    implant = [f"--config={CONFIGS / 'implant' / 'scar'}.yaml", *NEEDS["attack/scar.yaml"]]
+    run_fast(tmp_path, *parts, *implant, "--data.batch_size", "16", "--model.fixed_point_steps", "2")
 
 
 def test_ssba_in_two_commands_as_in_the_readme(tmp_path):

@@ -64,9 +64,10 @@ def test_the_folder_inside_an_installed_package_comes_first(tmp_path, monkeypatc
     [
         ("none", "one config, attack/none or defense/none, but got 'none'"),
         ("input_aware", "attack/input_aware or implant/input_aware"),
+        ("grond", "attack/grond or implant/grond"),
         ("badnet", "Did you mean attack/badnets"),
         ("data/nba", r"Did you mean defense/nba\?"),
-        ("zzzz", "Shipped are attack/badnets, attack/blended"),
+        ("zzzz", "Shipped are attack/adap_blend, attack/adap_patch"),
         (".", "got the folder '.'"),
     ],
 )

@@ -22,7 +22,7 @@ ORDER = [
 ]
 SIBLINGS = ("attacks", "behaviors", "defenses", "scan")
 """Parts whose files never import each other, but for what they all share."""
-SHARED = ("base", "surrogate", "result", "statistics")
+SHARED = ("base", "adaptive", "surrogate", "result", "statistics")
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name not in ("__init__.py", "_moved.py"))
 

@@ -11,6 +11,7 @@ from nba_lightning.networks import SmallCNN, WideResNet
 from tests.benchmark_calls import BENCHMARKS, call
 
 FILES = sorted((BENCHMARKS / "settings").glob("*.yaml"))
+KINDS = ("1", "all_to_all")
 TINY = """
 group: found
 about: scikit-learn's digits
@@ -112,13 +113,46 @@ def test_every_shipped_setting_is_complete(path):
     assert found.keys() - {"models"} == keys | {"validation_fraction"}
     assert found["group"] in ("found", "reported")
     assert found["implanting"].keys() - {"keys"} == {"clean", "poisoned"}
-    from common import build, config, merged
+    from common import build, config, merged, poisoned_training
 
     from nba_lightning.attacks import Attack
 
+    stage = found["implanting"]["poisoned"]
+    assert stage.get("from", "clean") == "clean"
+    module, _, _ = poisoned_training(found["attack"]["config"], stage.get("implant"))
+    assert module["class_path"].endswith("FlattenedTraining") == (stage.get("implant") == "flattened")
+    assert module["class_path"].endswith("GrondTraining") == (found["attack"]["config"] == "grond")
     spec = config("attack", found["attack"]["config"])["data"]["init_args"]["attack"]
     own = {name: value for name, value in found["attack"].get("init_args", {}).items() if name != "pattern"}
     assert isinstance(build(Attack, merged(spec, {"init_args": own})), Attack)
+
+
+@pytest.mark.parametrize("attack", ["badnets", "blended", "wanet"])
+def test_all_to_all_and_one_percent_are_shipped(attack):
+    from implanting import attack_of
+
+    one, whole = (yaml.safe_load((BENCHMARKS / "settings" / f"wrn_{attack}_{n}.yaml").read_text()) for n in KINDS)
+    rare, every = attack_of(one), attack_of(whole)
+    assert (rare.poison_rate, rare.all_to_all) == (0.01, False)
+    assert (every.poison_rate, every.all_to_all) == (0.1, True)
+    every.prepare((3, 32, 32), 10)
+    assert every.relabel(torch.arange(10)).tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+    assert every.eligible(torch.arange(10)).all()
+
+
+def test_an_implant_is_named_by_its_setting_unless_the_attack_has_its_own():
+    from common import poisoned_training
+
+    def named(*arguments):
+        module, train_on, more = poisoned_training(*arguments)
+        return module["class_path"].rpartition(".")[2], train_on, more
+
+    assert named("badnets", None) == ("Classifier", "poisoned", 0)
+    assert named("badnets", "flattened") == ("FlattenedTraining", "poisoned", 0)
+    assert named(None, "flattened") == ("Classifier", "poisoned", 0)  # a model that nobody poisons
+    assert named("input_aware", None) == ("InputAwareTraining", "untriggered", 2)
+    with pytest.raises(ValueError, match="Expected no `implant` for input_aware.*but got 'flattened'"):
+        poisoned_training("input_aware", "flattened")
 
 
 def test_the_key_mapping_of_the_stranger_covers_its_network(tmp_path):

@@ -150,7 +150,12 @@ class Attack(nn.Module, ABC):
         return self.apply_trigger(images).clamp_(0.0, 1.0)
 
     def poison(
-        self, images: Tensor, labels: Tensor, roles: Tensor, generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        roles: Tensor,
+        generator: torch.Generator | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A training batch as the attacker makes it, without reading a value back from the device.
 
@@ -159,6 +164,8 @@ class Attack(nn.Module, ABC):
             labels: `(B,)` true classes.
             roles: `(B,)`, each ``CLEAN``, ``POISONED`` or ``CROSS``.
             generator: source of the cross images' randomness.
+            places: `(B,)` the how-manieth of the attacker's images each one is (see
+                :class:`~nba_lightning.io.batches.Batch`), for attacks that do something else to each.
 
         Returns:
             Images and labels of the same shapes.

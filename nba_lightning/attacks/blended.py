@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
 
 from nba_lightning.attacks.base import Attack
 from nba_lightning.core.checks import check_range, expected
 from nba_lightning.core.randomness import generator_for
-from nba_lightning.io.images import read_image
+from nba_lightning.io.images import read_pattern
 
 
 class Blended(Attack):
@@ -55,21 +54,9 @@ class Blended(Attack):
         if self.pattern is None:
             blend = torch.rand(image_shape, generator=generator_for(self.pattern_seed))
         else:
-            blend = _read_pattern(self.pattern, image_shape)
+            blend = read_pattern(self.pattern, image_shape)
         self.register_buffer("blend", blend)
 
     def apply_trigger(self, images: Tensor) -> Tensor:
         """Mix the pattern in."""
         return torch.lerp(images, self.blend.to(images).expand_as(images), self.alpha)
-
-
-def _read_pattern(path: str, image_shape: tuple[int, int, int]) -> Tensor:
-    channels, height, width = image_shape
-    if channels not in (1, 3):
-        raise expected("pattern", f"None for images of {channels} channels", repr(path))
-    try:
-        picture = read_image(path, "L" if channels == 1 else "RGB")
-    except ValueError as error:
-        raise expected("pattern", "an opaque image file that can be read", f"this: {error}") from error
-    resized: Tensor = resize(picture, [height, width], antialias=True)
-    return resized.float() / 255

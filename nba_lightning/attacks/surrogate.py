@@ -29,16 +29,8 @@ class SurrogateAttack(Attack):
 
     def __init__(self, surrogate: nn.Module | None = None, surrogate_weights: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if surrogate is None and surrogate_weights is not None:
-            raise ValueError("Expected `surrogate` to be a network where `surrogate_weights` is given, but got None.")
-        if surrogate is not None:
-            surrogate = copy.deepcopy(surrogate).eval().requires_grad_(False)
-            if surrogate_weights is not None:
-                try:
-                    load_weights(surrogate, surrogate_weights)
-                except (ValueError, FileNotFoundError) as error:
-                    raise type(error)(str(error).replace("`weights`", "`surrogate_weights`")) from error
-        self._surrogate = (surrogate,)  # in a tuple, so that it is not registered as a submodule
+        # In a tuple, so that it is not registered as a submodule.
+        self._surrogate = (frozen_surrogate(surrogate, surrogate_weights, "surrogate"),)
 
     @property
     def surrogate(self) -> nn.Module | None:
@@ -60,6 +52,31 @@ class SurrogateAttack(Attack):
                 "or name the checkpoint of an earlier training with this attack as `state`."
             )
         return self.surrogate.to(device)
+
+
+def frozen_surrogate(network: nn.Module | None, weights: str | None, name: str) -> nn.Module | None:
+    """A copy of a network, frozen and in ``eval`` mode, with weights from a file if one is named.
+
+    Args:
+        network: the network; ``None`` gives ``None``.
+        weights: a file with its weights; ``None`` if it has them already.
+        name: of the argument, for errors.
+
+    Raises:
+        ValueError: if weights are named without a network, or do not fit it.
+        FileNotFoundError: if there is no such file.
+    """
+    if network is None:
+        if weights is not None:
+            raise ValueError(f"Expected `{name}` to be a network where `{name}_weights` is given, but got None.")
+        return None
+    found = copy.deepcopy(network).eval().requires_grad_(False)
+    if weights is not None:
+        try:
+            load_weights(found, weights)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(str(error).replace("`weights`", f"`{name}_weights`")) from error
+    return found
 
 
 def input_gradient(loss: Tensor, images: Tensor) -> Tensor:

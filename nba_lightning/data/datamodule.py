@@ -134,14 +134,16 @@ class BackdoorDataModule(SeededLoading):
         indices = self._training_indices()
         if self.train_on == "clean" or self.attack is None:
             return self._loader(Batches(train, indices), self.batch_size, shuffle=True)
-        if self.train_on == "poisoned":
+        if self.train_on == "poisoned" or not self.attack.ready:
             self._compute_attack(self.attack)
+        if self.train_on == "poisoned":
             bases = self.attack.bases()
             if bases is not None:
                 train = ReplacedImages(train, self.partition.poisoned, bases)
         roles = torch.zeros(len(train), dtype=torch.uint8)
         roles[self.partition.poisoned], roles[self.partition.cross] = POISONED, CROSS
-        return self._loader(Batches(train, indices, roles[indices]), self.batch_size, shuffle=True)
+        places = self.partition.places(len(train))
+        return self._loader(Batches(train, indices, roles[indices], places[indices]), self.batch_size, shuffle=True)
 
     def _compute_attack(self, attack: Attack) -> None:
         """Let the attack compute what it needs. Late, so that a state from a checkpoint spares it."""
@@ -221,7 +223,7 @@ class BackdoorDataModule(SeededLoading):
             generator = self._generator(7, batch) if attack.cross_ratio else None
             assert labels is not None
             with torch.no_grad():
-                images, labels = attack.poison(images, labels, batch.roles, generator)
+                images, labels = attack.poison(images, labels, batch.roles, generator, batch.places)
         if self.augment is not None:
             images = self.augment(images, self._generator(3, batch))
         return replace(batch, images=self._converted(images), labels=labels)

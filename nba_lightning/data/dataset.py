@@ -146,10 +146,14 @@ class Batches(Dataset[Batch]):
         indices: `(M,)` which of them.
         roles: `(M,)` uint8, what the attacker does to each (see :mod:`nba_lightning.attacks.base`); ``None`` for
             images that nobody poisons.
+        places: `(M,)` int64, the how-manieth of the attacker's images each is; see
+            :class:`~nba_lightning.io.batches.Batch`.
     """
 
-    def __init__(self, source: LabeledImages, indices: Tensor, roles: Tensor | None = None) -> None:
-        self.source, self.indices, self.roles = source, indices, roles
+    def __init__(
+        self, source: LabeledImages, indices: Tensor, roles: Tensor | None = None, places: Tensor | None = None
+    ) -> None:
+        self.source, self.indices, self.roles, self.places = source, indices, roles, places
 
     def __len__(self) -> int:
         """Number of images M."""
@@ -170,4 +174,5 @@ class Batches(Dataset[Batch]):
             labels=self.source.labels[indices].masked_fill(padding, IGNORE_LABEL),
             roles=None if self.roles is None else self.roles[wanted],
             indices=indices.masked_fill(padding, IGNORE_LABEL),
+            places=None if self.places is None else self.places[wanted],
         )

@@ -28,6 +28,17 @@ class Partition:
     clean: Tensor
     validation: Tensor
 
+    def places(self, total: int) -> Tensor:
+        """The how-manieth of the attacker's images each of ``total`` images is, for a loader's batches.
+
+        Returns:
+            `(total,)` int64: the poisoned ones from 0, then the cross ones, -1 for all others.
+        """
+        attacked = torch.cat([self.poisoned, self.cross])
+        found = torch.full((total,), -1)
+        found[attacked] = torch.arange(len(attacked))
+        return found
+
 
 def draw_partition(
     labels: Tensor,

@@ -32,6 +32,8 @@ class Batch:
         roles: `(B,)` uint8, what the attacker does to each (see :mod:`nba_lightning.attacks.base`); ``None`` for
             images that nobody poisons.
         indices: `(B,)` int64 numbers of the images in their set, -1 for padding; ``None`` if unknown.
+        places: `(B,)` int64, the how-manieth of the attacker's images each one is, from 0, the poisoned ones first and
+            then the cross ones; -1 for his clean ones, ``None`` for images that nobody poisons.
         stage: ``"train"`` or ``"evaluate"``.
         draw: rank, epoch and number of the batch, of which its augmentation is a function.
     """
@@ -41,6 +43,7 @@ class Batch:
     targets: Tensor | None = None
     roles: Tensor | None = None
     indices: Tensor | None = None
+    places: Tensor | None = None
     stage: Literal["train", "evaluate"] = "train"
     draw: tuple[int, int, int] = (0, 0, 0)
 

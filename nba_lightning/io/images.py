@@ -8,7 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
+
+from nba_lightning.core.checks import expected
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, OverflowError, struct.error, zlib.error)
 """What Pillow's many decoders raise for files that are no whole image."""
@@ -52,6 +54,30 @@ def read_image(path: str | Path, mode: Literal["RGB", "L"] = "RGB") -> Tensor:
         raise _refuse(path, "a whole image file", f"a truncated or broken one ({error})") from error
     found: Tensor = pil_to_tensor(image.convert(mode))
     return found
+
+
+def read_pattern(path: str, image_shape: tuple[int, int, int]) -> Tensor:
+    """Read a picture as a pattern for images of shape `(C, H, W)`, resized to them.
+
+    Args:
+        path: an image file without transparency.
+        image_shape: `(C, H, W)`, C 1 or 3.
+
+    Returns:
+        `(C, H, W)`, float, values in [0, 1].
+
+    Raises:
+        ValueError: for images of other channels, or a file that :func:`read_image` does not read.
+    """
+    channels, height, width = image_shape
+    if channels not in (1, 3):
+        raise expected("pattern", f"None for images of {channels} channels", repr(path))
+    try:
+        picture = read_image(path, "L" if channels == 1 else "RGB")
+    except ValueError as error:
+        raise expected("pattern", "an opaque image file that can be read", f"this: {error}") from error
+    resized: Tensor = resize(picture, [height, width], antialias=True)
+    return resized.float() / 255
 
 
 class _RefusedError(ValueError):

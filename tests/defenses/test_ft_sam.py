@@ -8,18 +8,18 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nba_lightning import FTSAM
-from nba_lightning.defenses.ft_sam import adaptive_step
+from nba_lightning.training.sharpness import step_up
 from tests.helpers import Spy, batch, cross_entropy, ready
 
 
 def test_the_adaptive_step_by_hand():
     weights = [torch.tensor([3.0, -1.0]), torch.tensor([2.0])]
     gradients = [torch.tensor([1.0, 2.0]), torch.tensor([0.0])]
-    first, second = adaptive_step(weights, gradients, rho=2.0)
+    first, second = step_up(weights, gradients, rho=2.0)
     norm = (3.0**2 + 2.0**2) ** 0.5  # of |w| g = (3, 2, 0)
     torch.testing.assert_close(first, torch.tensor([2 * 9 / norm, 2 * 2 / norm]))
     assert second.item() == 0.0
-    scaled = adaptive_step(weights, [1000 * g for g in gradients], rho=2.0)
+    scaled = step_up(weights, [1000 * g for g in gradients], rho=2.0)
     torch.testing.assert_close(scaled[0], first)
 
 
