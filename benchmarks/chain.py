@@ -109,7 +109,11 @@ def teacher_config(found: Any) -> Any:
     """The teacher's fit, on the images of the defence whose configuration is ``found``."""
     own = config("defense", TEACHERS[found["model"]["class_path"].rpartition(".")[2]])
     subset = {name: value for name, value in found["data"]["init_args"].items() if name != "batch_size"}
-    return merged(own, {"data": {"init_args": subset}})
+    changes: dict[str, Any] = {"data": {"init_args": subset}}
+    families = found["model"]["init_args"].get("pseudo", {}).get("init_args", {}).get("families")
+    if families is not None:  # NBA without a family has a teacher without it
+        changes["model"] = {"init_args": {"pseudo": {"init_args": {"families": families}}}}
+    return merged(own, changes)
 
 
 def settings_of(found: Any, images: int, network: Any) -> dict[str, Any]:

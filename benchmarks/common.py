@@ -35,6 +35,7 @@ CONFIGS = HERE.parent / "configs"
 ELSEWHERE = ("none", "scar")  # no attack; one that starts from a clean model, as settings do
 ATTACKS = sorted(path.stem for path in (CONFIGS / "attack").glob("*.yaml") if path.stem not in ELSEWHERE)
 DEFENSES = sorted(path.stem for path in (CONFIGS / "defense").glob("*.yaml") if path.stem != "none")
+ABLATIONS = sorted(path.stem for path in (HERE / "ablations").glob("*.yaml"))
 BATCH_SIZE, SHAPE = 128, (3, 32, 32)
 
 

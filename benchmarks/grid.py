@@ -26,6 +26,7 @@ import yaml
 from attacks import Row, attack_for, implant_all, state_file
 from chain import Subject, clean, settings_of
 from common import (
+    ABLATIONS,
     ATTACKS,
     DEFENSES,
     HERE,
@@ -48,7 +49,6 @@ from nba_lightning.core.functional import defense_effectiveness_rating
 from nba_lightning.data import Source
 from nba_lightning.io.weights import save_weights
 
-ABLATIONS = sorted(path.stem for path in (HERE / "ablations").glob("*.yaml"))
 CLEAN_FRACTION = 0.05
 
 

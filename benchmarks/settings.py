@@ -4,6 +4,7 @@
                                   --root-fashion /usr/share/datasets/fashion-mnist --strangers .data/strangers
     python benchmarks/settings.py --only fashion_cnn digits --root-fashion ... --defenses fine_tuning nba --seeds 0
     python benchmarks/settings.py --rates sweep --only ...     # every defence at the strongest rate that it can afford
+    python benchmarks/settings.py --ablations without_patch ...    # changes of NBA, files of benchmarks/ablations
     python benchmarks/report.py --settings                     # the table of what is there
 
 Settings of the group ``found`` are those on which our own defaults were found; those of ``reported`` are not. A setting
@@ -21,8 +22,23 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from chain import Subject, clean, settings_of
-from common import DEFENSES, Loaded, build, config, done, merged, plain_parser, provenance, quiet, run_cells, test
+from common import (
+    ABLATIONS,
+    DEFENSES,
+    HERE,
+    Loaded,
+    build,
+    config,
+    done,
+    merged,
+    plain_parser,
+    provenance,
+    quiet,
+    run_cells,
+    test,
+)
 from implanting import SETTINGS, Models, attack_of, images, models, read_setting
 from torch import nn
 
@@ -85,7 +101,12 @@ def defense_config(args: argparse.Namespace, source: Source, cell: Cell) -> Any:
     """Its YAML, on the images that the setting gives the defender."""
     subset = {"clean_fraction": args.setting["clean_images"] / len(source.load()[0]), "order_seed": cell.seed}
     subset |= {"validation_fraction": args.setting["validation_fraction"]}
-    return merged(config("defense", cell.defense.removesuffix(SWEEP)), {"data": {"init_args": subset}})
+    own = {"data": {"init_args": subset}}
+    label = cell.defense.removesuffix(SWEEP)
+    if label in DEFENSES:
+        return merged(config("defense", label), own)
+    change = yaml.safe_load((HERE / "ablations" / f"{label}.yaml").read_text())
+    return merged(merged(config("defense", "nba"), change), own)
 
 
 def stale(args: argparse.Namespace, source: Source, cell: Cell) -> bool:
@@ -129,7 +150,7 @@ def run(args: argparse.Namespace, name: str) -> int:
     network = setting["network"]["class_path"].rpartition(".")[2]
     here = argparse.Namespace(**vars(args) | {"setting": setting, "network": network, "source": setting["about"]})
     suffix = SWEEP if args.rates == "sweep" else ""
-    cells = [Cell(name, defense + suffix, seed) for seed in args.seeds for defense in args.defenses]
+    cells = [Cell(name, defense + suffix, seed) for seed in args.seeds for defense in [*args.defenses, *args.ablations]]
     source = source_of(json.dumps(setting["source"]))
     if changed := [cell.name for cell in cells if stale(here, source, cell)]:
         raise ValueError(f"Run with other settings than today's, so delete or rename them: {first_few(changed)}.")
@@ -150,6 +171,7 @@ def main() -> None:
     options.add_argument("--models", type=Path, help="folder of models that are trained already")
     options.add_argument("--only", nargs="+", default=SETTINGS, help="these settings, by name or as a file of your own")
     options.add_argument("--defenses", nargs="*", choices=DEFENSES, default=DEFENSES)
+    options.add_argument("--ablations", nargs="*", choices=ABLATIONS, default=[], help="changes of NBA")
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options.add_argument("--rates", choices=("authors", "sweep"), default="authors", help="whose learning rates")
     args = options.parse_args()
