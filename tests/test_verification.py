@@ -136,6 +136,20 @@ def test_of_the_sizes_the_one_counts_at_which_a_class_is_furthest_ahead():
     assert abs(size(Net(2000.0), Net(0.0), suspected=1.0) - 0.05) < 0.01  # at 0.4 the teacher falls as well
 
 
+def test_no_more_images_go_through_networks_than_is_said():
+    counted = []
+
+    class Counted(Net):
+        def forward(self, images):
+            counted.append(len(images) * (3 if torch.is_grad_enabled() and images.requires_grad else 1))
+            return super().forward(images)
+
+    made = Verification(search=Search(steps=4, images_each=5, images=300, images_elsewhere=100))
+    made.keep(Counted(2000.0), Counted(0.0), Counted(2000.0), batches(), 100, generator_for(1))
+    said = made.passes_of_images(3, 320)  # ten batches
+    assert 0.3 * said < sum(counted) < 1.1 * said
+
+
 def test_of_many_classes_those_to_which_synthetic_triggers_move_the_suspicious_network_are_looked_at():
     class Many(nn.Module):
         def __init__(self, pull):

@@ -250,8 +250,9 @@ def fit_student(
     """Align a copy of the network with the teacher at a share of its rate; keep pictures of what it was aligned on."""
 
     def work() -> dict[str, Any]:
-        say(f"  {link.cost()}", show)
         module = NBA(copy.deepcopy(network), teacher=teacher, seed=seed, **_optimizer(network, STUDENT_SHARE * rate))
+        verifying = module.verification.passes_of_images(link.data.num_classes, len(link.data.training))
+        say(f"  {link.cost()}; to verify it at most {verifying:,} passes of an image", show)
         found = link.fit(module, chain.folder / "cleaned.safetensors")
         return {**found, "warnings": save_pictures(chain.folder / "report", module, network, link.data)}
 

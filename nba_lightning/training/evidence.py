@@ -125,6 +125,19 @@ class Search:
         self.suspected, self.images, self.images_elsewhere = suspected, images, images_elsewhere
         self.sizes, self.steps, self.images_each, self.classes = list(sizes), steps, images_each, classes
 
+    def passes(self, classes: int, images: int, networks: int) -> int:
+        """How many images go forward through a network at most; a step back counts as two.
+
+        Args:
+            classes: of the network.
+            images: clean images that there are.
+            networks: that are asked beside the suspicious one and the teacher.
+        """
+        looked_at = min(classes, self.classes)
+        crafting = 7 * self.steps * self.images_each * looked_at  # the teacher once, then both there and back
+        asking = (looked_at + 2) * min(self.images_elsewhere, images)
+        return len(self.sizes) * (crafting + 2 * asking) + (networks + 2) * (asking + 4 * min(self.images, images))
+
     def __call__(
         self,
         suspicious: nn.Module,

@@ -74,6 +74,10 @@ class Verification:
         self.rates: dict[str, list[float]] = {}
         self.sentence = ""
 
+    def passes_of_images(self, classes: int, images: int) -> int:
+        """What it costs at most, for a network of so many classes and so many clean images; see ``Search.passes``."""
+        return self.search.passes(classes, images, len(self.shares) + len(self.direct))
+
     def keep(
         self,
         student: nn.Module,
