@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from nba_lightning.core.randomness import generator_for
+from nba_lightning.training import evidence as searching
 from nba_lightning.training.evidence import Search
 from nba_lightning.training.verification import Verification, set_between
 
@@ -134,6 +135,14 @@ def test_of_the_sizes_the_one_counts_at_which_a_class_is_furthest_ahead():
         return float(search(suspicious, teacher, batches(), 100, generator_for(1)).bank[0].square().mean().sqrt())
 
     assert abs(size(Net(2000.0), Net(0.0), suspected=1.0) - 0.05) < 0.01  # at 0.4 the teacher falls as well
+
+
+def test_a_class_that_the_teacher_falls_for_as_well_is_near_by_nature(monkeypatch):
+    # Class 1 has the larger gap, but the teacher falls for it too; class 2 stands out less than half as far as class 0.
+    shares = iter([torch.tensor([0.00, 0.18, 0.03]), torch.tensor([0.45, 0.68, 0.25])])
+    monkeypatch.setattr(searching, "won", lambda *_: next(shares, torch.zeros(3)))
+    found = Search(sizes=(0.1,), steps=1, images=64)(Net(0.0), Net(0.0), batches(), 2, generator_for(0))
+    assert found.suspects.tolist() == [True, False, False]
 
 
 def test_no_more_images_go_through_networks_than_is_said():

@@ -14,6 +14,9 @@ from nba_lightning.pseudo.base import Reduce, same
 from nba_lightning.pseudo.class_perturbations import ClassPerturbations
 from nba_lightning.pseudo.trigger_families import TriggerFamilies
 
+_BY_NATURE = 0.05
+"""Share of the images that any class may win by nature."""
+
 
 @dataclass
 class Evidence:
@@ -88,10 +91,14 @@ class Search:
 
     For each class k a small universal perturbation :math:`d_k` is crafted that the suspicious network falls for and the
     teacher withstands. The *gap* of a class is on how many more of the images :math:`d_k` wins it from the suspicious
-    network than from the teacher. Perturbations grow through ``sizes`` until the teacher falls for them on
-    ``suspected`` of the images itself; those count whose largest gap is furthest ahead of the next. A class is
-    *suspected* if its gap is above ``suspected`` and above half of the largest; the next larger perturbation counts for
-    it too.
+    network (a share s) than from the teacher (t); it stands out by
+
+    .. math:: (s - t) / (t + 0.05)
+
+    since a class that the teacher falls for as well is near by nature. Perturbations grow through ``sizes`` until the
+    teacher falls for them on ``suspected`` of the images; those count whose first class is furthest ahead of the next.
+    A class is *suspected* if its gap is above ``suspected`` and it stands out at least half as far as the first; the
+    next larger perturbation counts for it too.
 
     Args:
         suspected: see above; a share of the images, in [0, 1].
@@ -161,20 +168,28 @@ class Search:
         looked_at = [first, *islice(batches, min(one_pass - 1, (self.images - 1) // len(first)))]
         few = 1 + (self.images_elsewhere - 1) // len(first)
         classes = self._most_moved(suspicious, teacher, looked_at[:few], generator, reduce)
-        tried: list[tuple[Tensor, Tensor]] = []
-        for size in self.sizes:
-            crafting = ClassPerturbations((size,), self.steps, self.images_each, classes.tolist())
+
+        def crafted(size: float, wanted: Tensor) -> Tensor:
+            crafting = ClassPerturbations((size,), self.steps, self.images_each, wanted.tolist())
             crafting.regenerate(suspicious, teacher, batches, generator, reduce)
+            return crafting.bank
+
+        tried: list[tuple[Tensor, Tensor, Tensor]] = []
+        for size in self.sizes:
+            bank = crafted(size, classes)
             taught, came_in = (
-                won(network, looked_at[:few], classes, crafting.bank, reduce) for network in (teacher, suspicious)
+                won(network, looked_at[:few], classes, bank, reduce) for network in (teacher, suspicious)
             )
-            tried.append((crafting.bank, came_in - taught))
+            tried.append((bank, came_in - taught, (came_in - taught) / (taught + _BY_NATURE)))
             if bool((taught > self.suspected).any()):
                 break
-        best = max(range(len(tried)), key=lambda number: _lead(tried[number][1]))
-        bank, gaps = tried[best]
-        suspects = gaps > torch.clamp(gaps.max() / 2, min=self.suspected)
-        larger = [tried[best + 1][0][suspects]] if best + 1 < len(tried) else []
+        best = max(range(len(tried)), key=lambda number: _lead(tried[number][2]))
+        bank, gaps, stands_out = tried[best]
+        suspects = (gaps > self.suspected) & (stands_out >= stands_out.max() / 2)
+        larger = []
+        if bool(suspects.any()) and best + 1 < len(self.sizes):
+            there = best + 1 < len(tried)
+            larger = [tried[best + 1][0][suspects] if there else crafted(self.sizes[best + 1], classes[suspects])]
         rows = [torch.cat([part, *(part[suspects] for _ in larger)]) for part in (classes, suspects)]
         return Evidence(rows[0], torch.cat([bank, *larger]), rows[1], looked_at, few, reduce).of(suspicious, teacher)
 
@@ -216,7 +231,7 @@ def won(network: nn.Module, batches: Sequence[Tensor], classes: Tensor, bank: Te
     return reduce(wins) / reduce(seen).clamp(min=1e-12)
 
 
-def _lead(gaps: Tensor) -> float:
-    """How far the largest gap is ahead of the next."""
-    first = gaps.topk(min(2, len(gaps))).values
+def _lead(stands_out: Tensor) -> float:
+    """How far the first is ahead of the next."""
+    first = stands_out.topk(min(2, len(stands_out))).values
     return float(first[0] - first[1:].sum())

@@ -58,7 +58,7 @@ class Verification:
         self,
         shares: Sequence[float] = (1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25),
         direct: Sequence[float] = (0.75, 0.6, 0.45, 0.3, 0.15),
-        margin: float = 0.02,
+        margin: float = 0.01,
         margin_elsewhere: float = 0.1,
         search: Search | None = None,
     ) -> None:
