@@ -104,6 +104,20 @@ def write_json(path: Path, content: Any) -> None:
     unfinished.replace(path)
 
 
+@rank_zero_only
+def copy_file(source: Path, to: Path) -> None:
+    """Copy a file whole or not at all."""
+    unfinished = to.with_name(f".{to.name}")
+    shutil.copyfile(source, unfinished)
+    unfinished.replace(to)
+
+
+@rank_zero_only
+def remove_file(path: Path) -> None:
+    """Remove a file if it is there."""
+    path.unlink(missing_ok=True)
+
+
 def plain(value: Any) -> Any:
     """What JSON can hold; numbers that are not finite become null."""
     if isinstance(value, Mapping):
