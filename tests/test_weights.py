@@ -340,12 +340,18 @@ def test_a_disk_that_is_full_while_writing_leaves_the_file_of_before(kind, tmp_p
     before = path.read_bytes()
 
     def full(content, where, *args, **kwargs):
-        Path(where).write_bytes(b"half")
+        Path(where).open("w").write("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nba_lightning.io.weights.save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", lambda where, content: full(content, where))
     monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", full)
     with pytest.raises(OSError, match="No space left"):
         write(tensors, path)
     assert path.read_bytes() == before
     assert [found.name for found in path.parent.iterdir()] == ["w"]
+
+
+def test_written_weights_may_be_read_by_whoever_may_read_other_files(tmp_path):
+    save_weights({"w": torch.ones(3)}, tmp_path / "w.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from nba_lightning.core.checks import first_few
@@ -81,4 +81,4 @@ def save_weights(
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with whole(Path(path)) as unfinished:
-        save_file(tensors, unfinished)
+        unfinished.write_bytes(save(tensors))  # `save_file` makes a file that its owner alone may read
