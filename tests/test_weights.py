@@ -340,7 +340,7 @@ def test_a_disk_that_is_full_while_writing_leaves_the_file_of_before(kind, tmp_p
     before = path.read_bytes()
 
     def full(content, where, *args, **kwargs):
-        Path(where).open("w").write("half")
+        Path(where).write_text("half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", lambda where, content: full(content, where))

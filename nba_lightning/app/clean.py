@@ -14,6 +14,8 @@ from nba_lightning.app.chain import Chain, check_folder, say, write_json
 from nba_lightning.app.fits import STUDENT_STEPS, TEACHER_STEPS, Places
 from nba_lightning.app.networks import count_classes
 from nba_lightning.app.quiet import quiet
+from nba_lightning.app.report_figures import interval
+from nba_lightning.app.report_reading import Accuracy
 from nba_lightning.app.runs import own_interrupts
 from nba_lightning.app.steps import Cleaning, outcome, page_of, versions
 from nba_lightning.core.checks import check_at_least, check_range, expected
@@ -199,8 +201,10 @@ def _finish(report: dict[str, Any], folder: Path, show: bool) -> None:
     for warning in [*report["warnings"], *([missing] if missing else [])]:
         say(f"Note: {warning}", show)
     for name, entry in figures.items():
-        error, seen = 100 * entry["standard_error"], "held-out" if entry["held_out"] else "all, also training,"
-        say(f"{name:>10}: {100 * entry['value']:5.1f} % ± {error:.1f} of {entry['images']} {seen} images", show)
+        seen = "held-out images" if entry["held_out"] else "images, also those of the fits"
+        ends = interval(Accuracy(entry["value"], entry["standard_error"], entry["images"], None, {}))
+        between = "" if ends is None else f" (95 %: {100 * ends[0]:.1f} to {100 * ends[1]:.1f})"
+        say(f"{name:>10}: {100 * entry['value']:5.1f} %{between} of {entry['images']} {seen}", show)
     if not weights["handed_over"]:
         say(f"{weights['reason']} {weights['next']}", show)
     for path in (folder / weights["file"], folder / "report.json", *([page] if page else [])):

@@ -223,7 +223,8 @@ class Guard(Callback):
             )
         error = f"(standard error {100 * pair.standard_error:.1f})"
         if pair.loss == 0:
-            return "accepted", f"Accepted: {was}; nothing was lost {error}."
+            low, high = pair.interval()  # where no image changed sides the standard error is 0, which is no certainty
+            return "accepted", f"Accepted: {was}; nothing was lost (95 %: {100 * low:.1f} to {_points(high)})."
         if pair.loss < 0:
             return "accepted", f"Accepted: {was}; that is a gain of {_points(-pair.loss)} {error}."
         within = f"within {limit}" if pair.loss <= self.max_loss else f"more than {limit}, but may be chance"

@@ -1,8 +1,6 @@
 """``nba-lightning clean``: from a folder of images to a cleaned network, or a sentence that says why not."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -288,9 +286,7 @@ def test_progress_false_prints_warnings_and_results_only(owner, capsys):
     assert all(line.startswith("Note: ") for line in printed.err.splitlines())
 
 
-def test_it_runs_from_any_folder(owner):
-    command = [sys.executable, "-m", "nba_lightning", *COMMAND]
-    ran = subprocess.run(command, cwd=owner, capture_output=True, text=True, timeout=300, check=False)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert "Traceback" not in ran.stderr
-    assert Path("cleaned/cleaned.safetensors").is_file()
+def test_the_end_says_how_sure_an_accuracy_is(owner, capsys):
+    """18 right answers of 18 have a standard error of 0 and prove little."""
+    main([*COMMAND, "--progress=true"])
+    assert "cleaned: 100.0 % (95 %: 82.4 to 100.0) of 18 held-out images" in capsys.readouterr().out
