@@ -3,6 +3,7 @@ import io
 import pickle
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from nba_lightning.io.checkpoints import SafeCheckpointIO
 from nba_lightning.io.weights import load_weights, read_state_dict, save_weights, split_location
 
 
@@ -327,3 +329,29 @@ def test_rounded_weights_are_told(net, tmp_path):
     torch.save(net.state_dict() | {"1.num_batches_tracked": torch.tensor(0.5)}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"1.num_batches_tracked \(torch.float32 for torch.int64\)"):
         load_weights(net, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("kind", ["weights", "checkpoint"])
+def test_a_disk_that_is_full_while_writing_leaves_the_file_of_before(kind, tmp_path, monkeypatch):
+    """Lightning copies a checkpoint over the old one where its temporary folder is on another disk."""
+    path, tensors = tmp_path / "new" / "w", {"w": torch.ones(3)}
+    write = {"weights": save_weights, "checkpoint": SafeCheckpointIO().save_checkpoint}[kind]
+    write(tensors, path)
+    before = path.read_bytes()
+
+    def full(content, where, *args, **kwargs):
+        Path(where).write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", lambda where, content: full(content, where))
+    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tensors, path)
+    assert path.read_bytes() == before
+    assert [found.name for found in path.parent.iterdir()] == ["w"]
+
+
+def test_written_weights_may_be_read_by_whoever_may_read_other_files(tmp_path):
+    save_weights({"w": torch.ones(3)}, tmp_path / "w.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

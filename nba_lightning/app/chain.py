@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from nba_lightning.core.checks import expected
+from nba_lightning.io.files import whole
 
 T = TypeVar("T")
 STATE = "state.json"
@@ -99,9 +100,21 @@ def check_folder(folder: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
-    unfinished.replace(path)
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
+
+
+@rank_zero_only
+def copy_file(source: Path, to: Path) -> None:
+    """Copy a file whole or not at all."""
+    with whole(to) as unfinished:
+        shutil.copyfile(source, unfinished)
+
+
+@rank_zero_only
+def remove_file(path: Path) -> None:
+    """Remove a file if it is there."""
+    path.unlink(missing_ok=True)
 
 
 def plain(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 import copy
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch import nn
 from nba_lightning.app.chain import Chain, check_folder, say, write_json
 from nba_lightning.app.fits import STUDENT_STEPS, TEACHER_STEPS, Places
 from nba_lightning.app.networks import count_classes
+from nba_lightning.app.quiet import quiet
+from nba_lightning.app.report_figures import interval
+from nba_lightning.app.report_reading import Accuracy
 from nba_lightning.app.runs import own_interrupts
 from nba_lightning.app.steps import Cleaning, outcome, page_of, versions
-from nba_lightning.core.checks import check_at_least, check_range
+from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.core.modes import check_finite, fingerprint
 from nba_lightning.data.owner import CleanImages
 from nba_lightning.io.adapters import Normalized, bare
@@ -79,28 +83,49 @@ def clean(
     folder = Path(output)
     check_folder(folder)
     check_finite(network, "network")
+    if (mean is None) != (std is None):
+        raise expected("mean", "given with `std`, or neither", f"{mean} and {std}")
     network = copy.deepcopy(network if mean is None or std is None else Normalized(network, mean, std))
+    data = _images(images, classes, image_size, channels, seed)
+    with quiet(chained=True, silent=not progress), _interruptible():
+        say("1/6  The images", progress)
+        data.setup()
+        more = data.name_further_classes(count_classes(network, data.image_shape))
+        asked: dict[str, Any] = {"max_loss": max_loss, "teacher_steps": teacher_steps, "student_steps": student_steps}
+        asked |= {"scan": scan, "trust_classes": trust_classes, "seed": seed, **_identity(network, data)}
+        size = sum(value.numel() * value.element_size() for value in network.state_dict().values())
+        chain = Chain(folder, asked, 8 * size + 2**24)
+        run = Cleaning(network, data, chain, Places.of(device), max_loss, seed, progress)
+        if more:
+            run.warnings.append(f"The network has {len(more)} more classes than have names, taken to come last.")
+        report = _chain(run, teacher_steps, student_steps, scan, trust_classes, described or {})
+        _finish(report, folder, progress)
+    return report
+
+
+def _images(
+    images: str | Path | CleanImages, classes: Sequence[str] | None, image_size: int | None, channels: int, seed: int
+) -> CleanImages:
+    """The data module of a folder, or the one that was given."""
     if not isinstance(images, CleanImages):
-        names = None if classes is None else list(classes)
-        images = CleanImages(str(images), names, image_size, channels, seed=seed)
-    say("1/6  The images", progress)
-    images.setup()
-    more = images.name_further_classes(count_classes(network, images.image_shape))
-    asked: dict[str, Any] = {"max_loss": max_loss, "teacher_steps": teacher_steps, "student_steps": student_steps}
-    asked |= {"scan": scan, "trust_classes": trust_classes, "seed": seed, **_identity(network, images)}
-    size = sum(value.numel() * value.element_size() for value in network.state_dict().values())
-    run = Cleaning(network, images, Chain(folder, asked, 8 * size + 2**24), Places.of(device), max_loss, seed, progress)
-    if more:
-        run.warnings.append(f"The network has {len(more)} more classes than have names; they are taken to come last.")
+        return CleanImages(str(images), None if classes is None else list(classes), image_size, channels, seed=seed)
+    both = {"classes": classes is not None, "image_size": image_size is not None, "channels": channels != 3}
+    if any(both.values()):
+        names = " and ".join(f"`{name}`" for name, is_given in both.items() if is_given)
+        raise ValueError(f"Expected {names} to be given to CleanImages itself, but got both, a ready one and {names}.")
+    return images
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt, also in a fit, which Lightning ends otherwise."""
     try:
         with own_interrupts():
-            report = _chain(run, teacher_steps, student_steps, scan, trust_classes, described or {})
+            yield
     except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # as Lightning ends an interrupted fit
+        if isinstance(end.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from end
         raise
-    _finish(report, folder, progress)
-    return report
 
 
 def _chain(
@@ -116,6 +141,8 @@ def _chain(
         last, role = run.align(run.with_weights(teacher["file"]), teacher["chosen"]["rate"], student_steps), "student"
         files = {"teacher": teacher["file"], "cleaned": last["file"]}
         curves += last["curve"]
+        last = run.judge_fitted(last)
+        files["cleaned"] = last["file"]
     if scan:
         scans["after"] = run.scan("after", run.with_weights(last["file"]))
     if last["verdict"] == "unknown":
@@ -150,6 +177,8 @@ def _identity(network: nn.Module, data: CleanImages) -> dict[str, Any]:
         "images": str(data.root),
         "images_hash": data.fingerprint(),
         "image_shape": list(data.image_shape),
+        "images_used": len(data.training) + len(data.held_out),
+        "images_seed": data.seed,
         "held_out": len(data.held_out),
         "batch_size": data.batch_size,
         "augment": [data.augment.padding, data.augment.flip],
@@ -172,8 +201,10 @@ def _finish(report: dict[str, Any], folder: Path, show: bool) -> None:
     for warning in [*report["warnings"], *([missing] if missing else [])]:
         say(f"Note: {warning}", show)
     for name, entry in figures.items():
-        error, seen = 100 * entry["standard_error"], "held-out" if entry["held_out"] else "all, also training,"
-        say(f"{name:>10}: {100 * entry['value']:5.1f} % ± {error:.1f} of {entry['images']} {seen} images", show)
+        seen = "held-out images" if entry["held_out"] else "images, also those of the fits"
+        ends = interval(Accuracy(entry["value"], entry["standard_error"], entry["images"], None, {}))
+        between = "" if ends is None else f" (95 %: {100 * ends[0]:.1f} to {100 * ends[1]:.1f})"
+        say(f"{name:>10}: {100 * entry['value']:5.1f} %{between} of {entry['images']} {seen}", show)
     if not weights["handed_over"]:
         say(f"{weights['reason']} {weights['next']}", show)
     for path in (folder / weights["file"], folder / "report.json", *([page] if page else [])):

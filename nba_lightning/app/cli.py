@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from nba_lightning import __version__
 from nba_lightning.app.commands import COMMANDS, add_commands, prepared, run_command
-from nba_lightning.app.configs import arranged, read_config
+from nba_lightning.app.configs import arranged, fitted_to_data, read_config
 from nba_lightning.app.errors import CommandError, UsageError, explained
 from nba_lightning.app.parser import Parser
 from nba_lightning.app.quiet import quiet
@@ -160,6 +161,7 @@ def _configs_first(arguments: list[str], subcommand: str | None) -> list[str]:
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from error
     configs = arranged(found.config, [part for part in ("model", "data") if getattr(found, part)])
+    configs = fitted_to_data(configs, found.data)
     contents = [read_config(config) for config in configs]
     before: list[str] = []
     after: list[str] = []
@@ -179,6 +181,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     # Lightning reads local checkpoints without unpickling code; this holds for remote ones too.
     os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a network in a file of the owner's; `python -m` does it, a script does not
     try:
         with quiet(), own_interrupts():
             NBALightningCLI(list(sys.argv[1:] if args is None else args))

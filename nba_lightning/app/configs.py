@@ -4,11 +4,14 @@ import difflib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
 
+import nba_lightning.data
 from nba_lightning.core.checks import expected
+from nba_lightning.data import BackdoorDataModule
 
 _CLASSES = ("model", "data")
 """What is given as a class and its arguments, often in different files."""
@@ -111,6 +114,45 @@ def arranged(configs: Sequence[str], given: Sequence[str] = ()) -> list[str]:
         left.remove(free)
         ordered.append(free[0])
     return ordered
+
+
+def fitted_to_data(configs: Sequence[str], given: Sequence[str] = ()) -> list[str]:
+    """Leave out what shipped defences ask of the research data where the data is something else.
+
+    ``train_on``, ``clean_fraction`` and ``batch_size`` of a defence say which of the attacker's images the defender
+    holds; a folder of clean images, or somebody's own data module, knows that itself.
+
+    Args:
+        configs: files or texts, arranged.
+        given: names of data classes that flags give, the last of which counts.
+
+    Returns:
+        The configs, a changed one as text.
+    """
+    contents = [read_config(config) for config in configs]
+    named = [_class_of(content["data"]) for content in contents if _names(content, "data")]
+    data = (list(given) or named or [None])[-1]
+    if data is None or _is_research(data):
+        return list(configs)
+    defenses = shipped_folder() / "defense"
+    strange = [not _is_text(config) and defenses in Path(config).absolute().parents for config in configs]
+    return [
+        yaml.safe_dump({key: value for key, value in content.items() if key != "data"}) if leave_out else config
+        for config, content, leave_out in zip(configs, contents, strange, strict=True)
+    ]
+
+
+def _class_of(part: Any) -> str:
+    return str(part if isinstance(part, str) else part["class_path"])
+
+
+def _is_research(name: str) -> bool:
+    """Whether a class path, or a name of ours alone, is the research data module's or a subclass's of it."""
+    try:
+        found = resolve_name(name) if "." in name else getattr(nba_lightning.data, name)
+    except (ImportError, AttributeError, ValueError):
+        return True  # the parser says what is wrong with it
+    return isinstance(found, type) and issubclass(found, BackdoorDataModule)
 
 
 def _is_text(config: str) -> bool:

@@ -1,9 +1,7 @@
 """An owner's network from its name: a class or function on the path, its arguments, its weights, its normalisation."""
 
 import inspect
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -58,9 +56,6 @@ def load_network(
 
 
 def _resolve(name: str) -> Any:
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # as `python -m` does; a console script does not
     try:
         return resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -49,6 +49,7 @@ from nba_lightning.app.report_classes import by_class, by_method
 from nba_lightning.app.report_loading import read_weights
 from nba_lightning.app.report_pictures import attention_samples, pseudo_samples
 from nba_lightning.app.report_reading import NETWORKS, Entry, plain, read_accuracy, read_json, read_scan
+from nba_lightning.io.files import whole
 
 
 def report(folder: Path) -> None:
@@ -75,9 +76,10 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     page = _environment().get_template("report.html").render(_context(folder))
-    path, unfinished = folder / "report.html", folder / ".report.html"
-    unfinished.write_bytes(page.encode("utf-8", "replace"))  # names of folders need not be valid text
-    return unfinished.replace(path)
+    path = folder / "report.html"
+    with whole(path) as unfinished:
+        unfinished.write_bytes(page.encode("utf-8", "replace"))  # names of folders need not be valid text
+    return path
 
 
 @cache

@@ -13,10 +13,11 @@ from torch import nn
 
 from nba_lightning import __version__
 from nba_lightning.app.answers import accuracy_entry, ask, check_order
-from nba_lightning.app.chain import Chain, say
+from nba_lightning.app.chain import Chain, copy_file, remove_file, say
 from nba_lightning.app.fits import Link, Places, fit_student, fit_teacher
 from nba_lightning.app.scans import run_scans, scan_cost
 from nba_lightning.callbacks.guard import Answers
+from nba_lightning.core.paired import Paired
 from nba_lightning.data.owner import CleanImages
 from nba_lightning.io.weights import load_weights
 
@@ -106,6 +107,32 @@ class Cleaning:
         found = fit_student(self.network, teacher, rate, link, self.chain, self.seed, self.show)
         self.warnings += found["warnings"]
         return found
+
+    def judge_fitted(self, last: dict[str, Any]) -> dict[str, Any]:
+        """Without held-out images: reject what lost too much even on the images that it was fitted on.
+
+        They flatter it, so nothing tells a good network there, but a wrecked one is wrecked on them too.
+        """
+
+        def work() -> dict[str, Any]:
+            networks = (self.network, self.with_weights(last["file"]))
+            before, after = (ask(network, self.data, False, self.device) for network in networks)
+            pair = Paired.of(before.right, after.right)
+            if pair.loss <= self.max_loss or not pair.beyond_chance(exact=True):
+                return {}
+            copy_file(self.chain.folder / last["file"], self.chain.folder / "rejected.safetensors")
+            sentence = (
+                f"Rejected: it is right on {int(after.right.sum())} of the {pair.images} images that it was fitted on, "
+                f"the suspicious network on {int(before.right.sum())}."
+            )
+            return {"verdict": "rejected", "sentence": sentence, "file": "rejected.safetensors"}
+
+        if len(self.data.held_out) or last["verdict"] == "rejected":
+            return last
+        found: dict[str, Any] = self.chain.step("fitted", work)
+        if found:
+            remove_file(self.chain.folder / "cleaned.safetensors")
+        return {**last, **found}
 
     def _link(self, name: str, steps: int) -> Link:
         folder = self.chain.folder / "fits" / name.replace(" ", "-")

@@ -210,8 +210,7 @@ class Guard(Callback):
         pair = Paired.of(before.right, after.right)
         was = f"{now}, the suspicious network on {int(before.right.sum())}"
         few = pair.images < self.min_images
-        beyond_chance = pair.loss > 2 * pair.standard_error and not (few and pair.p_value() > _LEVEL)
-        if pair.loss > self.max_loss and beyond_chance:
+        if pair.loss > self.max_loss and pair.beyond_chance(exact=few):
             return "rejected", (
                 f"Rejected: {was}; that is a loss of {_points(pair.loss)} (standard error "
                 f"{100 * pair.standard_error:.1f}), more than {limit}. {_ADVICE[role]}"
@@ -223,14 +222,15 @@ class Guard(Callback):
                 f"{100 * low:.1f} to {_points(high)} (95 %; below 0 is a gain)."
             )
         error = f"(standard error {100 * pair.standard_error:.1f})"
-        if pair.loss <= 0:
+        if pair.loss == 0:
+            low, high = pair.interval()  # where no image changed sides the standard error is 0, which is no certainty
+            return "accepted", f"Accepted: {was}; nothing was lost (95 %: {100 * low:.1f} to {_points(high)})."
+        if pair.loss < 0:
             return "accepted", f"Accepted: {was}; that is a gain of {_points(-pair.loss)} {error}."
         within = f"within {limit}" if pair.loss <= self.max_loss else f"more than {limit}, but may be chance"
         return "accepted", f"Accepted: {was}; the loss of {_points(pair.loss)} {error} is {within}."
 
 
-_LEVEL = 0.025
-"""One-sided, as twice the standard error is."""
 _ADVICE = {
     "teacher": "Make the teacher with a smaller learning rate, fewer steps or more images, or take another one.",
     "student": "Try a smaller learning rate, more clean images, or another teacher.",

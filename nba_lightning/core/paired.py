@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_LEVEL = 0.025
+"""One-sided, as twice the standard error is."""
+
 
 @dataclass(frozen=True)
 class Paired:
@@ -36,6 +39,14 @@ class Paired:
     def standard_error(self) -> float:
         """Of the loss: sqrt(b + c - (b - c)^2 / n) / n, as McNemar's test has it (Psychometrika 1947)."""
         return _standard_error(self.lost, self.gained, self.images)
+
+    def beyond_chance(self, exact: bool) -> bool:
+        """Whether the loss is more than chance explains, at 2.5 %.
+
+        Args:
+            exact: ask the exact test too, since twice the standard error says little about few images.
+        """
+        return self.loss > 2 * self.standard_error and not (exact and self.p_value() > _LEVEL)
 
     def interval(self) -> tuple[float, float]:
         """Where the loss lies at 95 %, also of few images.

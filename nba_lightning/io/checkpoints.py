@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from nba_lightning.io.files import whole
+
 BROKEN = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
 """What reading a file that is no whole checkpoint may raise."""
 
@@ -19,6 +21,18 @@ class SafeCheckpointIO(TorchCheckpointIO):
         >>> import lightning.pytorch as pl
         >>> trainer = pl.Trainer(plugins=[SafeCheckpointIO()], logger=False)
     """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write a checkpoint; where the disk is full, the file of that name that was there before stays.
+
+        Lightning writes into another folder and copies the file where that is on another disk.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with whole(Path(path)) as unfinished:
+            super().save_checkpoint(checkpoint, unfinished, storage_options)
 
     def load_checkpoint(
         self,

@@ -4,7 +4,8 @@ import argparse
 import pickle
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,20 @@ _FOREIGN = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull`",
     b"<": "a web page or XML, not a download of the file itself",
 }
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write into, which becomes it at the end of the block; on any error it is removed.
+
+    So a full disk, or Ctrl-C, leaves what was there before, never half a file.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read_tensor_file(path: Path, name: str = "weights") -> Mapping[str, Any]:

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from nba_lightning.core.checks import first_few
 from nba_lightning.io.adapters import bare
-from nba_lightning.io.files import read_tensor_file
+from nba_lightning.io.files import read_tensor_file, whole
 from nba_lightning.io.matching import match_keys
 
 
@@ -71,7 +71,7 @@ def save_weights(
 
     Args:
         state: names and tensors; tensors that share memory are written twice.
-        path: the file; its folder is made.
+        path: the file; its folder is made. A full disk leaves what was there before.
         dtypes: the dtype to store each tensor in; ``None`` keeps all.
     """
     dtypes = dtypes or {}
@@ -80,4 +80,5 @@ def save_weights(
         for name, value in state.items()
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path)
+    with whole(Path(path)) as unfinished:
+        unfinished.write_bytes(save(tensors))  # `save_file` makes a file that its owner alone may read
