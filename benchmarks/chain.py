@@ -34,6 +34,8 @@ LEAST_STEPS = 450
 """Optimiser steps of NBA and of its teacher, as `nba-lightning clean` takes them."""
 FACTORS = tuple(10 ** (half / 2) for half in (2, 1, 0, -1, -2))
 """Rates of a sweep, as multiples of the configuration's, the strongest first."""
+PLAIN = ("FineTuning", "NAD", "NBA", "FTSAM", "FinePruning", "FST", "D3")
+"""Defences that train all weights by SGD, and are swept over the rates that NBA's teacher gets."""
 
 
 class Subject(NamedTuple):
@@ -217,10 +219,10 @@ def swept(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
 
 
 def rates(found: Any, subject: Subject) -> tuple[float, ...]:
-    """Those of a sweep: of the network's usual optimiser, or multiples of the configuration's for other optimisers."""
-    lr = found["model"]["init_args"]["lr"]
-    if lr is None or _adaptive(found, subject):
+    """Those of a sweep: NBA's own for all that take its optimiser, multiples of the configuration's for others."""
+    if _kind(found) in PLAIN:
         return RATES[usual_optimizer(subject.loaded(subject.weights))]
+    lr = found["model"]["init_args"]["lr"]
     return tuple(float(f"{factor * lr:.3g}") for factor in FACTORS)
 
 
@@ -234,8 +236,7 @@ def at_rate(found: Any, rate: float, subject: Subject) -> Any:
 
 def _adaptive(found: Any, subject: Subject) -> bool:
     """Whether AdamW should stand in for a defence's SGD."""
-    plain = found["model"]["class_path"].rpartition(".")[2] in ("FineTuning", "NAD", "NBA", "FTSAM", "FinePruning")
-    return plain and usual_optimizer(subject.loaded(subject.weights)) == "AdamW"
+    return _kind(found) in PLAIN and usual_optimizer(subject.loaded(subject.weights)) == "AdamW"
 
 
 def _kind(found: Any) -> str:

@@ -131,7 +131,8 @@ def fitted_to_data(configs: Sequence[str], given: Sequence[str] = ()) -> list[st
     """
     contents = [read_config(config) for config in configs]
     named = [_class_of(content["data"]) for content in contents if _names(content, "data")]
-    data = (list(given) or named or [None])[-1]
+    classes: list[str | None] = [*named, *given]
+    data = classes[-1] if classes else None
     if data is None or _is_research(data):
         return list(configs)
     defenses = shipped_folder() / "defense"

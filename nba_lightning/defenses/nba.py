@@ -227,6 +227,17 @@ class NBA(Distillation):
         if self.accepted < 0 and self.suspicious is not None:
             self._verify()
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As usual; and what was found when it was verified."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["verification"] = {"rates": self.verification.rates, "sentence": self.verification.sentence}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As usual; and take that over."""
+        super().on_load_checkpoint(checkpoint)
+        found = checkpoint.get("verification", {"rates": {}, "sentence": ""})
+        self.verification.rates, self.verification.sentence = found["rates"], found["sentence"]
+
     def _verify(self) -> None:
         """Keep as much of what was learned as passes."""
         if self.suspicious is None:
