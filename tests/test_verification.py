@@ -94,6 +94,15 @@ def test_where_no_class_stands_out_nothing_is_taken_beyond_the_student():
     assert float(student.steps.detach()) == 4.0
 
 
+def test_few_images_tell_too_little_to_keep_more_than_the_teacher():
+    student = Net(0.0)
+    student.steps.data += 4.0
+    made = Verification(search=Search(sizes=(0.1,), steps=20, images=190))
+    assert made.keep(student, Net(0.0), Net(2000.0), batches(), 5, generator_for(1)) == 0.0  # 160 images in all
+    assert float(student.steps.detach()) == 0.0
+    assert "Of 160 clean images nothing more can be told; 200 would do." in made.sentence
+
+
 def test_a_suspected_class_is_held_to_the_margin_and_others_to_theirs():
     made = Verification(margin=0.02, margin_elsewhere=0.1)
     evidence = made.search(Net(2000.0), Net(0.0), batches(), 100, generator_for(1))

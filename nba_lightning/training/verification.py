@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from nba_lightning.core.checks import check_range, expected
+from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.pseudo.base import Reduce, same
 from nba_lightning.training.evidence import Evidence, Search
 
@@ -32,7 +32,8 @@ class Verification:
     images as often as the teacher does: weights that are far apart may have nothing but ruins between them. Of the two
     the one is kept that is right on more of the images held out, without such images the one on the direct way, and the
     teacher if there is none. Where no class is suspected, only the way to the student is gone: what cannot be seen is
-    not asked for. BatchNorm statistics are mixed like the weights;
+    not asked for. Of fewer than ``least_images`` clean images a margin of one per cent is less than two images, and the
+    teacher is kept. BatchNorm statistics are mixed like the weights;
     estimated anew on plain images they would not be those of the mixture with pseudo samples on which all were learned.
 
     Ours; what led to the thresholds is in ``benchmarks/METHOD.md``. Weights between a network and what was fine-tuned
@@ -45,6 +46,7 @@ class Verification:
         margin: see above; a share of the gap, in [0, 1].
         margin_elsewhere: see above; a share of the images.
         search: how evidence is looked for.
+        least_images: clean images of each process without which nothing can be told.
 
     Attributes:
         rates: shares of the images that each perturbation won, of every network that was looked at.
@@ -61,6 +63,7 @@ class Verification:
         margin: float = 0.01,
         margin_elsewhere: float = 0.1,
         search: Search | None = None,
+        least_images: int = 200,
     ) -> None:
         for name, way, high in (("shares", shares, 2.0), ("direct", direct, 1.0)):
             for share in way:
@@ -69,7 +72,8 @@ class Verification:
                 raise expected(name, "from the largest to the smallest", list(way))
         check_range("margin", margin, 0.0, 1.0)
         check_range("margin_elsewhere", margin_elsewhere, 0.0, 1.0)
-        self.shares, self.direct = list(shares), list(direct)
+        check_at_least("least_images", least_images, 0)
+        self.shares, self.direct, self.least_images = list(shares), list(direct), least_images
         self.margin, self.margin_elsewhere, self.search = margin, margin_elsewhere, search or Search()
         self.rates: dict[str, list[float]] = {}
         self.sentence = ""
@@ -108,7 +112,10 @@ class Verification:
         start, end = teacher.state_dict(), suspicious.state_dict()
         learned = {name: value.clone() for name, value in student.state_dict().items()}
         ways = {_OVER: [(r, _place(r, start, learned, end)) for r in self.shares if r <= 1]}
-        if bool(evidence.suspects.any()):
+        seen = sum(map(len, evidence.images))
+        if seen < self.least_images:
+            ways = {}
+        elif bool(evidence.suspects.any()):
             ways = {_DIRECT: [(r, (start, end, r)) for r in self.direct]}
             ways[_OVER] = [(r, _place(r, start, learned, end)) for r in self.shares]
         least = evidence.agreement(teacher) - _LESS_AGREEMENT
@@ -124,6 +131,8 @@ class Verification:
                     break
         set_between(student, *where)
         self.rates, self.sentence = evidence.rates, _sentence(kept, chosen, evidence)
+        if not ways:
+            self.sentence += f" Of {seen} clean images nothing more can be told; {self.least_images} would do."
         rank_zero_info(self.sentence)
         return kept
 
