@@ -50,6 +50,15 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("sau: pulls on after the aim", "defenses/sau.py", "* ~done", "* 1.0", "defenses/sau"),
     ("sau: one network's answers before", "defenses/sau.py", "[logits.argmax(dim=1), predict(self.suspicious, images).argmax(dim=1)]", "[logits.argmax(dim=1)] * 2", "defenses/sau"),
     ("sau: learns what it should unlearn", "defenses/sau.py", "(1.0 + 1e-6 - wrong).log()", "wrong.log()", "defenses/sau"),
+    # Fine-tuning under adversarial neuron noise.
+    ("ban: descends", "defenses/ban.py", "leaf.detach() + self.epsilon / self.steps", "leaf.detach() - self.epsilon / self.steps", "defenses/ban"),
+    ("ban: each step a whole one", "defenses/ban.py", "self.epsilon / self.steps * gradient", "self.epsilon * gradient", "defenses/ban"),
+    ("ban: from 0", "defenses/ban.py", "* 2 - 1) * self.epsilon", "* 2 - 1) * 0", "defenses/ban"),
+    ("ban: weights alone", "defenses/ban.py", 'for kind in ("weight", "bias")', 'for kind in ("weight", "weight")', "defenses/ban"),
+    ("ban: noise added", "defenses/ban.py", "value * (1 + one)", "value + one", "defenses/ban"),
+    ("ban: clean loss without weight", "defenses/ban.py", "+ self.robust * robust", "+ robust", "defenses/ban"),
+    ("ban: the same start in each step", "defenses/ban.py", "self.trainer.current_epoch, batch_idx,", "self.trainer.current_epoch,", "defenses/ban"),
+    ("ban: noise of one process", "defenses/ban.py", "[self.reduce(gradient) for gradient in torch.autograd.grad(GRADIENT_SCALE * loss, leaves)]", "list(torch.autograd.grad(GRADIENT_SCALE * loss, leaves))", "processes[ban]"),
     # Neural attention distillation.
     ("nad: the student is its own teacher", "defenses/nad.py", "features(self.teacher_network(), images", "features(self.model, images", "defenses/nad"),
     ("nad: power of the student alone", "defenses/nad.py", "attention_map(wanted[name], self.power)", "attention_map(wanted[name])", "defenses/nad"),

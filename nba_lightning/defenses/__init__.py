@@ -1,6 +1,7 @@
 """Defences: LightningModules that clean a suspicious network. One file each."""
 
 from nba_lightning.defenses.anp import ANP
+from nba_lightning.defenses.ban import BAN
 from nba_lightning.defenses.fine_pruning import FinePruning
 from nba_lightning.defenses.fine_tuning import FineTuning
 from nba_lightning.defenses.ft_sam import FTSAM
@@ -9,4 +10,4 @@ from nba_lightning.defenses.nad import NAD
 from nba_lightning.defenses.nba import NBA
 from nba_lightning.defenses.sau import SAU
 
-__all__ = ["ANP", "FTSAM", "IBAU", "NAD", "NBA", "SAU", "FinePruning", "FineTuning"]
+__all__ = ["ANP", "BAN", "FTSAM", "IBAU", "NAD", "NBA", "SAU", "FinePruning", "FineTuning"]

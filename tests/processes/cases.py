@@ -15,6 +15,7 @@ from torch import nn
 
 from nba_lightning import (
     ANP,
+    BAN,
     FTSAM,
     IBAU,
     NAD,
@@ -85,6 +86,7 @@ SAME = {
     "nba": nba,
     "ft_sam": lambda: FTSAM(network(), rho=20.0, lr=0.1),
     "anp": lambda: ANP(resting(), steps=2),
+    "ban": lambda: BAN(resting(), steps=2),
     "sau": lambda: SAU(network(), lr=1e-3),
     "i_bau": lambda: IBAU(network(), portion=1.0, lr=1e-3),
 }
