@@ -4,7 +4,7 @@ from typing import Any
 
 from nba_lightning._moved import install
 from nba_lightning.data import BackdoorDataModule, CleanImages
-from nba_lightning.defenses import ANP, BAN, FTSAM, IBAU, NAD, NBA, SAU, FinePruning, FineTuning
+from nba_lightning.defenses import ANP, BAN, FTSAM, IBAU, NAD, NBA, NPD, SAU, FinePruning, FineTuning
 from nba_lightning.implants import InputAwareTraining, Steganography
 from nba_lightning.io.adapters import Normalized
 from nba_lightning.io.batches import Batch
@@ -21,6 +21,7 @@ __all__ = [
     "IBAU",
     "NAD",
     "NBA",
+    "NPD",
     "SAU",
     "BackdoorDataModule",
     "Batch",

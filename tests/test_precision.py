@@ -13,6 +13,7 @@ from nba_lightning import (
     IBAU,
     NAD,
     NBA,
+    NPD,
     SAU,
     BackdoorDataModule,
     Classifier,
@@ -230,7 +231,7 @@ def test_compiled_and_channels_last_training_is_the_same(defense, network, clean
     assert not any("forward" in vars(module) for module in fast.modules())
 
 
-@pytest.mark.parametrize("defense", [ANP, BAN, IBAU])
+@pytest.mark.parametrize("defense", [ANP, BAN, IBAU, NPD])
 def test_methods_that_cannot_be_compiled_say_so(defense, network):
     with pytest.raises(ValueError, match=f"`compile` to be false for {defense.__name__}"):
         defense(network, compile=True)

@@ -8,6 +8,7 @@ from nba_lightning.defenses.ft_sam import FTSAM
 from nba_lightning.defenses.i_bau import IBAU
 from nba_lightning.defenses.nad import NAD
 from nba_lightning.defenses.nba import NBA
+from nba_lightning.defenses.npd import NPD
 from nba_lightning.defenses.sau import SAU
 
-__all__ = ["ANP", "BAN", "FTSAM", "IBAU", "NAD", "NBA", "SAU", "FinePruning", "FineTuning"]
+__all__ = ["ANP", "BAN", "FTSAM", "IBAU", "NAD", "NBA", "NPD", "SAU", "FinePruning", "FineTuning"]

@@ -20,6 +20,7 @@ from nba_lightning import (
     IBAU,
     NAD,
     NBA,
+    NPD,
     SAU,
     BackdoorDataModule,
     Classifier,
@@ -87,6 +88,7 @@ SAME = {
     "ft_sam": lambda: FTSAM(network(), rho=20.0, lr=0.1),
     "anp": lambda: ANP(resting(), steps=2),
     "ban": lambda: BAN(resting(), steps=2),
+    "npd": lambda: NPD(network(), lr=1e-3),
     "sau": lambda: SAU(network(), lr=1e-3),
     "i_bau": lambda: IBAU(network(), portion=1.0, lr=1e-3),
 }
@@ -120,7 +122,7 @@ def run(folder, world, names):
     for name in (name for name in SAME if name in names):
         module, loaded, runner = SAME[name](), data(world), trainer(Path(folder) / name, world)
         runner.fit(module, loaded)
-        learned = {key: value for key, value in module.state_dict().items() if key.startswith("masks.")}
+        learned = {key: value for key, value in module.state_dict().items() if key.startswith(("masks.", "polarizer."))}
         found[name] = {**module.model.state_dict(), **learned}
         found[f"{name}/metrics"] = trainer(folder, world).test(module, loaded, verbose=False)
         if name == "nba":
