@@ -4,7 +4,7 @@ from typing import Any
 
 from nba_lightning._moved import install
 from nba_lightning.data import BackdoorDataModule, CleanImages
-from nba_lightning.defenses import ANP, BAN, FTSAM, IBAU, NAD, NBA, NPD, SAU, FinePruning, FineTuning
+from nba_lightning.defenses import ANP, BAN, BTIDBF, FTSAM, IBAU, NAD, NBA, NPD, SAU, FinePruning, FineTuning
 from nba_lightning.implants import InputAwareTraining, Steganography
 from nba_lightning.io.adapters import Normalized
 from nba_lightning.io.batches import Batch
@@ -17,6 +17,7 @@ __version__ = "0.2.0"
 __all__ = [
     "ANP",
     "BAN",
+    "BTIDBF",
     "FTSAM",
     "IBAU",
     "NAD",

@@ -2,6 +2,7 @@
 
 from nba_lightning.defenses.anp import ANP
 from nba_lightning.defenses.ban import BAN
+from nba_lightning.defenses.bti_dbf import BTIDBF
 from nba_lightning.defenses.fine_pruning import FinePruning
 from nba_lightning.defenses.fine_tuning import FineTuning
 from nba_lightning.defenses.ft_sam import FTSAM
@@ -11,4 +12,4 @@ from nba_lightning.defenses.nba import NBA
 from nba_lightning.defenses.npd import NPD
 from nba_lightning.defenses.sau import SAU
 
-__all__ = ["ANP", "BAN", "FTSAM", "IBAU", "NAD", "NBA", "NPD", "SAU", "FinePruning", "FineTuning"]
+__all__ = ["ANP", "BAN", "BTIDBF", "FTSAM", "IBAU", "NAD", "NBA", "NPD", "SAU", "FinePruning", "FineTuning"]

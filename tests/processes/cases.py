@@ -16,6 +16,7 @@ from torch import nn
 from nba_lightning import (
     ANP,
     BAN,
+    BTIDBF,
     FTSAM,
     IBAU,
     NAD,
@@ -159,6 +160,14 @@ def optimised(make):
     return fit
 
 
+def bti_dbf(folder, world):
+    """Each process generates a tenth and one of its own images."""
+    defense = BTIDBF(network(), layer="second", mask_epochs=1, generator_epochs=1, generator_width=4, lr=1e-3)
+    trainer(folder, world).fit(defense, data(world))
+    target = torch.tensor(defense.inversion.target)
+    return {**defense.model.state_dict(), **defense.inversion.generator.state_dict(), "target": target}
+
+
 def anp_by_batch(folder, world):
     """The mask of a channel is trained on every process; running statistics are each process's own."""
     anp, saver = ANP(network(SmallCNN)), ModelCheckpoint(Path(folder) / "ckpt", save_last=True)
@@ -171,6 +180,7 @@ AGREE = {
     "trojannn": optimised(lambda: TrojanNN(network(SmallCNN).eval(), steps=3)),
     "lc": optimised(lambda: LC(network(SmallCNN).eval(), steps=2)),
     "anp_by_batch": anp_by_batch,
+    "bti_dbf": bti_dbf,
 }
 
 
