@@ -4,7 +4,22 @@ from typing import Any
 
 from nba_lightning._moved import install
 from nba_lightning.data import BackdoorDataModule, CleanImages
-from nba_lightning.defenses import ANP, D3, FST, FTSAM, IBAU, NAD, NBA, RNP, SAU, FinePruning, FineTuning
+from nba_lightning.defenses import (
+    ANP,
+    BAN,
+    BTIDBF,
+    D3,
+    FST,
+    FTSAM,
+    IBAU,
+    NAD,
+    NBA,
+    NPD,
+    RNP,
+    SAU,
+    FinePruning,
+    FineTuning,
+)
 from nba_lightning.implants import FlattenedTraining, GrondTraining, InputAwareTraining, SCARTraining, Steganography
 from nba_lightning.io.adapters import Normalized
 from nba_lightning.io.batches import Batch
@@ -16,12 +31,15 @@ install()
 __version__ = "0.2.0"
 __all__ = [
     "ANP",
+    "BAN",
+    "BTIDBF",
     "D3",
     "FST",
     "FTSAM",
     "IBAU",
     "NAD",
     "NBA",
+    "NPD",
     "RNP",
     "SAU",
     "BackdoorDataModule",

@@ -9,9 +9,11 @@ from torch import nn
 
 from nba_lightning import (
     ANP,
+    BAN,
     IBAU,
     NAD,
     NBA,
+    NPD,
     RNP,
     SAU,
     BackdoorDataModule,
@@ -230,7 +232,7 @@ def test_compiled_and_channels_last_training_is_the_same(defense, network, clean
     assert not any("forward" in vars(module) for module in fast.modules())
 
 
-@pytest.mark.parametrize("defense", [ANP, IBAU, RNP])
+@pytest.mark.parametrize("defense", [ANP, BAN, IBAU, NPD, RNP])
 def test_methods_that_cannot_be_compiled_say_so(defense, network):
     with pytest.raises(ValueError, match=f"`compile` to be false for {defense.__name__}"):
         defense(network, compile=True)

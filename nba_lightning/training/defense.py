@@ -34,9 +34,27 @@ class Defense(Classifier):
     adaptive = False
     """Whether AdamW stands in for SGD where no optimiser is passed."""
 
+    network_rests = False
+    """Whether the network's own weights rest during a fit, since the method trains something beside them."""
+
     def __init__(self, model: nn.Module, weights: str | None = None, **kwargs: Any) -> None:
         super().__init__(model, weights, **kwargs)
         self.dtypes = {name: value.dtype for name, value in bare(model).state_dict().items()}
+        self._resting: list[nn.Parameter] = []
+
+    def setup(self, stage: str) -> None:
+        """As usual; weights that rest need no gradients."""
+        super().setup(stage)
+        if stage == "fit" and self.network_rests and not self._resting:  # else a fit broke off
+            self._resting = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self.model.requires_grad_(False)
+
+    def teardown(self, stage: str) -> None:
+        """Let weights that rested train again."""
+        super().teardown(stage)
+        for parameter in self._resting:
+            parameter.requires_grad_()
+        self._resting = []
 
     def fit_to_network(self, rates: Mapping[str, float]) -> None:
         """Take the optimiser of the network's kind (see :func:`~nba_lightning.training.sweep.usual_optimizer`).

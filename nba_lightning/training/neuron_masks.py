@@ -33,6 +33,7 @@ class NeuronMasks(Defense):
     """
 
     compilable = False
+    network_rests = True
 
     def __init__(
         self,
@@ -49,7 +50,6 @@ class NeuronMasks(Defense):
         ]
         if not self.norms:
             raise expected("model", "a network with BatchNorm layers that have weights", type(model).__name__)
-        self._trainable: list[nn.Parameter] = []
         self.masks = nn.ParameterList(torch.ones_like(self.norm(name).weight) for name in self.norms)
 
     @abstractmethod
@@ -61,20 +61,6 @@ class NeuronMasks(Defense):
         norm = self.model.get_submodule(name)
         assert isinstance(norm, _BatchNorm)
         return norm
-
-    def setup(self, stage: str) -> None:
-        """As usual; the network's own weights rest during a fit, which spares their gradients."""
-        super().setup(stage)
-        if stage == "fit" and not self._trainable:  # else a fit broke off
-            self._trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            self.model.requires_grad_(False)
-
-    def teardown(self, stage: str) -> None:
-        """Let the weights train again."""
-        super().teardown(stage)
-        for parameter in self._trainable:
-            parameter.requires_grad_()
-        self._trainable = []
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The masks alone."""

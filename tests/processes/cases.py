@@ -15,12 +15,15 @@ from torch import nn
 
 from nba_lightning import (
     ANP,
+    BAN,
+    BTIDBF,
     D3,
     FST,
     FTSAM,
     IBAU,
     NAD,
     NBA,
+    NPD,
     RNP,
     SAU,
     BackdoorDataModule,
@@ -91,6 +94,8 @@ SAME = {
     "fst": lambda: FST(network()),
     "d3": lambda: D3(network()),
     "rnp": lambda: RNP(resting(), unlearning_rounds=2, lr=20.0, max_drop=1.0),
+    "ban": lambda: BAN(resting(), steps=2),
+    "npd": lambda: NPD(network(), lr=1e-3),
     "sau": lambda: SAU(network(), lr=1e-3),
     "i_bau": lambda: IBAU(network(), portion=1.0, lr=1e-3),
 }
@@ -124,7 +129,7 @@ def run(folder, world, names):
     for name in (name for name in SAME if name in names):
         module, loaded, runner = SAME[name](), data(world), trainer(Path(folder) / name, world)
         runner.fit(module, loaded)
-        learned = {key: value for key, value in module.state_dict().items() if key.startswith("masks.")}
+        learned = {key: value for key, value in module.state_dict().items() if key.startswith(("masks.", "polarizer."))}
         found[name] = {**module.model.state_dict(), **learned}
         found[f"{name}/metrics"] = trainer(folder, world).test(module, loaded, verbose=False)
         if name == "nba":
@@ -161,6 +166,14 @@ def optimised(make):
     return fit
 
 
+def bti_dbf(folder, world):
+    """Each process generates a tenth and one of its own images."""
+    defense = BTIDBF(network(), layer="second", mask_epochs=1, generator_epochs=1, generator_width=4, lr=1e-3)
+    trainer(folder, world).fit(defense, data(world))
+    target = torch.tensor(defense.inversion.target)
+    return {**defense.model.state_dict(), **defense.inversion.generator.state_dict(), "target": target}
+
+
 def anp_by_batch(folder, world):
     """The mask of a channel is trained on every process; running statistics are each process's own."""
     anp, saver = ANP(network(SmallCNN)), ModelCheckpoint(Path(folder) / "ckpt", save_last=True)
@@ -173,6 +186,7 @@ AGREE = {
     "trojannn": optimised(lambda: TrojanNN(network(SmallCNN).eval(), steps=3)),
     "lc": optimised(lambda: LC(network(SmallCNN).eval(), steps=2)),
     "anp_by_batch": anp_by_batch,
+    "bti_dbf": bti_dbf,
 }
 
 
