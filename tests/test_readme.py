@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
-from nba_lightning.training.verification import Verification
+from nba_lightning.training.evidence import Search
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SECTION = README.split("## In your project")[1].split("\n## ")[0]
@@ -30,8 +30,8 @@ def names(tmp_path, monkeypatch):
         fit(self, *args, max_epochs=max_epochs, limit_train_batches=1, **quiet, **kwargs)
 
     monkeypatch.setattr(pl.Trainer, "__init__", short)
-    quick = partialmethod(Verification.__init__, sizes=(0.018,), steps=1, images_each=1)
-    monkeypatch.setattr(Verification, "__init__", quick)
+    quick = partialmethod(Search.__init__, sizes=(0.018,), steps=1, images_each=1, images=64, images_elsewhere=64)
+    monkeypatch.setattr(Search, "__init__", quick)
     torch.manual_seed(0)
     images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
     torch.save({"model": resnet18(num_classes=10).state_dict(), "epoch": 3}, "suspicious.pth")

@@ -102,7 +102,7 @@ class RNP(NeuronMasks):
 
     def _unlearn(self) -> dict[str, Tensor]:
         """Parameters of the network after ascent on the clean images' loss."""
-        trains = {id(parameter) for parameter in self._trainable}
+        trains = {id(parameter) for parameter in self._resting}
         named = {name: value for name, value in self.model.named_parameters() if id(value) in trains}
         parameters = {name: value.detach().clone().requires_grad_() for name, value in named.items()}
         optimizer = SGD(parameters.values(), self.unlearning_lr, momentum=0.9, weight_decay=5e-4)
