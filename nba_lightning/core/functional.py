@@ -89,7 +89,7 @@ def channel_gram(features: Tensor) -> Tensor:
         `(B, D * D)`, rows of length 1.
     """
     tokens = as_tokens(features)
-    products: Tensor = _Gram.apply(tokens)  # type: ignore[no-untyped-call]
+    products: Tensor = _Gram.apply(tokens)
     return unit(products)
 
 
