@@ -4,7 +4,8 @@
 
 Random images of CIFAR-10's shape and WideResNet-16-1 (``--network`` for another). Each ratio is taken over ``--rounds``
 alternating rounds and given as mean and sample standard deviation; it goes into ``results/speed.json`` when it is
-there, so a run that was stopped keeps what it has. ``--only`` names some of them.
+there, so a run that was stopped keeps what it has. ``--only`` names some of them; those that end in images or px show
+the growth of time and memory with the set and with the size of its images.
 """
 
 import argparse
@@ -12,101 +13,28 @@ import copy
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms as T
-from common import SHAPE, Noise, network, provenance, quiet, spread, trainer
+from common import Noise, network, provenance, quiet, trainer
 from meter import metered
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from timing import Epoch, Pictures, autocast, batches, device, fit, ratio, timed
+from torch import nn
+from torch.utils.data import DataLoader
 
 from nba_lightning import NBA, BackdoorDataModule, Classifier, FineTuning
 from nba_lightning.behaviors import alignment_loss
+from nba_lightning.core import augmentation
 from nba_lightning.core.augmentation import RandomCropFlip
 from nba_lightning.core.features import features
 from nba_lightning.core.functional import kl_divergence
-
-
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """What torchvision's sets do: an array becomes a PIL image and goes through transforms, one by one."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images: Any = images.permute(0, 2, 3, 1).numpy()
-        self.transform = T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor()])
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(np.asarray(self.images[index]))), index % 10
-
-
-def timed(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def ratio(args: argparse.Namespace, first: Callable[[], float], second: Callable[[], float]) -> dict[str, float]:
-    """Seconds of ``first`` over those of ``second``, alternating after one round of warming up."""
-    first(), second()
-    found = []
-    for index in range(args.rounds):
-        if index % 2:
-            below = second()
-            found.append(first() / below)
-        else:
-            above = first()
-            found.append(above / second())
-    return spread(found)
-
-
-def batches(args: argparse.Namespace, size: int, times: int = 1) -> DataLoader[Any]:
-    images, labels = torch.rand(times * args.images, *SHAPE), torch.arange(times * args.images) % 10
-    return DataLoader(TensorDataset(images, labels), size, drop_last=True)
-
-
-class Epoch(pl.Callback):
-    """Seconds of training alone, without what a Trainer does around it."""
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.start = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - self.start
-
-
-def fit(args: argparse.Namespace, module: pl.LightningModule, loader: Any) -> float:
-    """Seconds of one epoch."""
-    runner, clock = trainer(args, 1), Epoch()
-    runner.callbacks.insert(0, clock)  # before any callback that works at the start of an epoch
-    if isinstance(loader, pl.LightningDataModule):
-        runner.fit(module, datamodule=loader)
-    else:
-        runner.fit(module, loader)
-    return clock.seconds
-
-
-def autocast(args: argparse.Namespace) -> torch.autocast:
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(kind, torch.bfloat16, enabled=args.precision == "bf16-mixed")
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from nba_lightning.pseudo import TriggerFamilies
+from nba_lightning.training.verification import Verification
 
 
 def step_over_bare_loop(args: argparse.Namespace) -> dict[str, float]:
@@ -133,48 +61,56 @@ def step_over_bare_loop(args: argparse.Namespace) -> dict[str, float]:
     return ratio(args, lambda: fit(args, Classifier(network(args)), loader), bare)
 
 
+class Unverified(Verification):
+    """Keeps all, so that an epoch is timed without what comes once, at the end of a fit."""
+
+    def keep(self, *args: Any, **kwargs: Any) -> float:
+        return 1.0
+
+
+def aligned(args: argparse.Namespace, **options: Any) -> NBA:
+    return NBA(network(args), teacher=network(args), verification=Unverified(), **options)
+
+
 def nba_over_its_passes(args: argparse.Namespace) -> dict[str, float]:
-    """An NBA epoch, crafting and optimiser included, over its forward and backward passes and losses alone."""
+    """An NBA epoch, search, triggers, mixing and optimiser included, over its passes through networks and losses."""
     loader = batches(args, 50)
 
     def bare() -> float:
         student, teacher = network(args).to(device()), network(args).to(device()).eval().requires_grad_(False)
-        suspicious, sample = copy.deepcopy(teacher), NBA(network(args), teacher=network(args))
-        layers, form, perturbation = sample.layers, sample.behavior, torch.zeros(1, *SHAPE, device=device())
-
-        def craft(images: Tensor) -> None:
-            leaf = perturbation.clone().requires_grad_()
-            found = kl_divergence(teacher(images + leaf), student(images + leaf)).sum()
-            torch.autograd.grad(found, leaf)
+        suspicious, sample = copy.deepcopy(teacher), aligned(args)
+        layers, form, terms, pseudo = sample.layers, sample.behavior, sample.terms, sample.pseudo
+        assert isinstance(pseudo, TriggerFamilies)
+        tried = torch.rand(pseudo.candidates * pseudo.images_each, 3, args.side, args.side, device=device())
 
         def loop() -> None:
             student.eval()
-            with autocast(args):
-                for images, _ in islice(cycle(loader), 10):
-                    craft(images.to(device()))
+            with torch.no_grad(), autocast(args):
+                for _ in pseudo.families:
+                    kl_divergence(teacher(tried), student(tried))
             student.train()
-            for batch in loader:
-                images, labels = (part.to(device()) for part in batch)
+            for given, _ in loader:
+                images = given.to(device())
                 student.zero_grad()
                 with autocast(args):
                     with torch.no_grad():
-                        answers, wanted = features(suspicious, images, layers)
-                    logits, observed = features(student, images + perturbation, layers)
-                    loss = 2 * F.cross_entropy(logits, labels) + 4 * kl_divergence(answers, logits).mean()
-                    loss = loss + alignment_loss(form(observed), form(wanted))
+                        wanted, known = features(teacher, images, layers)[1], suspicious(images)
+                    logits, observed = features(student, images, layers)
+                    loss = terms.suspicious * kl_divergence(known, logits).mean()
+                    loss = loss + terms.alignment * alignment_loss(form(observed), form(wanted))
                 loss.backward()
 
         return timed(loop)
 
-    return ratio(args, lambda: fit(args, NBA(network(args), teacher=network(args)), loader), bare)
+    return ratio(args, lambda: fit(args, aligned(args), loader), bare)
 
 
 def nba_over_fine_tuning(args: argparse.Namespace) -> dict[str, float]:
-    """An NBA epoch that aligns over a fine-tuning epoch."""
+    """An NBA epoch over a fine-tuning epoch."""
     loader = batches(args, 50)
     return ratio(
         args,
-        lambda: fit(args, NBA(network(args), teacher=network(args)), loader),
+        lambda: fit(args, aligned(args), loader),
         lambda: fit(args, FineTuning(network(args)), loader),
     )
 
@@ -205,8 +141,8 @@ def loader_over_input_path(args: argparse.Namespace) -> dict[str, float]:
 
 
 def _variant(args: argparse.Namespace, **options: Any) -> float:
-    model: nn.Module = network(args).to(memory_format=torch.contiguous_format)
-    module = NBA(model, teacher=network(args), **options)  # other random weights, as a teacher has
+    plain: list[nn.Module] = [network(args).to(memory_format=torch.contiguous_format) for _ in range(2)]
+    module = NBA(plain[0], teacher=plain[1], verification=Unverified(), **options)
     runner, clock = trainer(args, 2), Epoch()
     runner.callbacks.insert(0, clock)
     runner.fit(module, batches(args, 50))  # the first epoch compiles; the second is timed
@@ -215,7 +151,7 @@ def _variant(args: argparse.Namespace, **options: Any) -> float:
 
 def channels_last_over_plain(args: argparse.Namespace) -> dict[str, float]:
     """An NBA epoch with ``channels_last`` over one without."""
-    return ratio(args, lambda: _variant(args, channels_last=True), lambda: _variant(args))
+    return ratio(args, lambda: _variant(args, channels_last=True), lambda: _variant(args, channels_last=False))
 
 
 def compiled_over_plain(args: argparse.Namespace) -> dict[str, float]:
@@ -230,6 +166,7 @@ def two_processes_over_one(args: argparse.Namespace) -> dict[str, float]:
     def run(processes: int) -> float:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         settings = ["--images", str(args.images), "--precision", args.precision, "--network", args.network]
+        settings += ["--side", str(args.side)]
         command = [*launch, __file__, "--processes", str(processes), *settings]
         ran = subprocess.run(command, capture_output=True, text=True, check=True)
         return float(ran.stdout.split("seconds:")[1].split()[0])
@@ -245,7 +182,7 @@ def processes(args: argparse.Namespace) -> None:
     data = BackdoorDataModule(
         Noise(args.images * 20), None, train_on="clean", augment=RandomCropFlip(), batch_size=50 // args.processes
     )
-    runner.fit(NBA(network(args), teacher=network(args)), datamodule=data)
+    runner.fit(aligned(args), datamodule=data)
     if runner.is_global_zero:
         print("seconds:", clock.seconds)
 
@@ -261,12 +198,31 @@ def memory_of_nba_over_fine_tuning(args: argparse.Namespace) -> dict[str, float]
 
     return ratio(
         args,
-        lambda: peak(NBA(network(args), teacher=network(args))),
+        lambda: peak(aligned(args)),
         lambda: peak(FineTuning(network(args))),
     )
 
 
-RATIOS = {
+def slices_over_gather(args: argparse.Namespace) -> dict[str, float]:
+    """Crop and flip of a batch on the CPU, image by image, over the same by one gather."""
+    images, augment = torch.rand(64, 3, args.side, args.side), RandomCropFlip()
+
+    def seconds(pixels: int) -> float:
+        with patch.object(augmentation, "_SLICED_FROM", pixels):
+            return timed(lambda: [augment(images) for _ in range(5)])
+
+    return ratio(args, lambda: seconds(0), lambda: seconds(images[0].numel() + 1))
+
+
+Measured = Callable[[argparse.Namespace], dict[str, float]]
+
+
+def at(measured: Measured, **changes: int) -> Measured:
+    """The same with other images or another size."""
+    return lambda args: {**measured(argparse.Namespace(**{**vars(args), **changes})), **changes}
+
+
+RATIOS: dict[str, Measured] = {
     function.__name__: function
     for function in (
         step_over_bare_loop,
@@ -279,6 +235,12 @@ RATIOS = {
         memory_of_nba_over_fine_tuning,
     )
 }
+RATIOS |= {f"nba_over_fine_tuning_of_{n}_images": at(nba_over_fine_tuning, images=n) for n in (100, 500, 2500)}
+for side in (64, 128, 224):
+    RATIOS |= {
+        f"{function.__name__}_at_{side}_px": at(function, side=side, images=100)
+        for function in (step_over_bare_loop, nba_over_fine_tuning, memory_of_nba_over_fine_tuning, slices_over_gather)
+    }
 
 
 def main() -> None:
@@ -286,6 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=RATIOS, default=list(RATIOS), help="these ratios")
     parser.add_argument("--images", type=int, default=1500, help="images of an epoch")
+    parser.add_argument("--side", type=int, default=32, help="height and width of the images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--network", default="wide_resnet16_1", help="a file of configs/network")
     parser.add_argument("--precision", default="bf16-mixed")
@@ -300,7 +263,7 @@ def main() -> None:
     result = json.loads(args.result.read_text()) if args.result.exists() else {"ratios": {}}
     for name in args.only:
         found: dict[str, float] = RATIOS[name](args)
-        result["ratios"][name] = {**found, "images": args.images}
+        result["ratios"][name] = {"images": args.images, **found}
         result |= provenance(args)
         args.result.parent.mkdir(parents=True, exist_ok=True)
         args.result.write_text(json.dumps(result, indent=1) + "\n")

@@ -22,12 +22,14 @@ from nba_lightning.attacks import (
     Refool,
     TrojanNN,
     WaNet,
+    wanet,
 )
 from nba_lightning.attacks.base import CLEAN, CROSS, POISONED
 from nba_lightning.attacks.bpp import floyd_steinberg
 from nba_lightning.attacks.ftrojan import dct_matrix
 from nba_lightning.core.features import features
 from nba_lightning.core.randomness import generator_for, shuffled
+from nba_lightning.io.batches import Batch
 from nba_lightning.io.weights import save_weights
 from nba_lightning.networks import SmallCNN
 from tests.attack_zoo import ATTACKS, TinySet, arguments, build, compute
@@ -190,6 +192,37 @@ def test_poisoning_a_batch_touches_whom_it_should(attack_class):
         assert not torch.allclose(changed[cross], attack(images)[cross])
         assert changed.min() >= 0
         assert changed.max() <= 1
+
+
+@pytest.mark.parametrize("attack_class", ATTACKS)
+@torch.no_grad()
+def test_only_images_that_carry_a_trigger_are_worked_on(attack_class, monkeypatch):
+    attack, worked = build(attack_class, target=3), []
+    for name in ("apply_trigger", "plant", "mix"):
+        if hasattr(attack, name):
+            own = getattr(attack, name)
+            monkeypatch.setattr(attack, name, lambda *given, own=own: worked.append(len(given[0])) or own(*given))
+    if attack_class is WaNet:
+        monkeypatch.setattr(wanet, "_sample", lambda images, grid: worked.append(len(images)) or images.clone())
+    images, labels = torch.rand(64, 1, 8, 8), torch.arange(64) % 10
+    roles = torch.zeros(64, dtype=torch.uint8)
+    untouched, targets = attack.poison(images, labels, roles, torch.Generator().manual_seed(0))
+    assert not worked
+    assert torch.equal(untouched, images)
+    assert torch.equal(targets, labels)
+    roles[[5, 40]], roles[[7, 8, 9]] = POISONED, CROSS
+    before = images.clone()
+    changed, _ = attack.poison(images, labels, roles, torch.Generator().manual_seed(0))
+    assert max(worked) <= 5
+    assert torch.equal(images, before)
+    assert torch.equal(changed[roles == CLEAN], images[roles == CLEAN])
+
+
+def test_roles_stay_on_the_host():
+    batch = Batch(torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64), roles=torch.zeros(2, dtype=torch.uint8))
+    moved = batch.to("meta")
+    assert moved.images.device.type == "meta"
+    assert moved.roles.device.type == "cpu"
 
 
 @torch.no_grad()
@@ -369,7 +402,7 @@ def test_bpp_negatives_carry_another_image_s_rounding_error():
     attack = BPP(levels=4)
     attack.prepare((1, 4, 4), 10)
     images = torch.rand(5, 1, 4, 4)
-    added = attack.apply_cross(images, torch.Generator().manual_seed(0)) - images
+    added = attack.apply_cross(images, torch.arange(5), torch.Generator().manual_seed(0)) - images
     errors = attack(images) - images
     for index, one in enumerate(added):
         same = [(one - error).abs().max() < 1e-5 for error in errors]
@@ -385,7 +418,7 @@ def test_wanet_samples_where_its_grid_says():
     grid = triggers.wanet_grid(offsets[0].numpy(), 2.0, 12, 20)
     wanted = np.stack([triggers.warp(image, grid) for image in images.numpy()])
     np.testing.assert_allclose(attack(images).numpy(), wanted, atol=1e-4)
-    noisy = attack.apply_cross(images, torch.Generator().manual_seed(0))
+    noisy = attack.apply_cross(images, torch.arange(2), torch.Generator().manual_seed(0))
     moved = triggers.furthest(images.numpy(), noisy.numpy(), grid, 0.5)
     assert moved < 0.02  # noise mode stays within half a pixel of the warp, along each axis
     still = WaNet(strength=1e-9)

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nba_lightning.core import augmentation
 from nba_lightning.core.augmentation import CutMix, RandomCropFlip
 from nba_lightning.core.randomness import generator_for
 
@@ -23,6 +24,30 @@ def test_every_result_is_a_crop_of_the_padded_image_or_its_mirror():
         assert len(found) == 1
         seen.add(found[0])
     assert len(seen) > 12  # of 18, so all offsets and both directions are drawn
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize(("shape", "padding"), [((3, 8, 8), 1), ((1, 5, 9), 12), ((3, 64, 80), 8), ((1, 64, 64), 70)])
+def test_a_slice_of_each_image_is_to_the_bit_what_one_gather_of_the_batch_is(shape, padding, flip, monkeypatch):
+    images, augment = torch.rand(40, *shape), RandomCropFlip(padding, flip)
+    found = []
+    for pixels in (0, 10**9):
+        monkeypatch.setattr(augmentation, "_SLICED_FROM", pixels)
+        generator = generator_for(0)
+        found.append((augment(images, generator), torch.rand(3, generator=generator)))
+    sliced, gathered = found
+    assert torch.equal(sliced[0], gathered[0])
+    assert torch.equal(sliced[1], gathered[1])  # the same draws, so what comes after is the same too
+    assert sliced[0].is_contiguous()
+    assert not torch.equal(sliced[0], images)
+
+
+def test_large_images_are_sliced_and_small_ones_gathered(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(augmentation, "_sliced", lambda images, *_: sizes.append(images.shape[2]) or images)
+    for side in (32, 224):
+        RandomCropFlip()(torch.rand(2, 1, side, side))
+    assert sizes == [224]
 
 
 def test_no_padding_and_no_flip_change_nothing():

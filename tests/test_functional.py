@@ -18,6 +18,20 @@ def test_attention_map_equals_the_equation(maps, power):
     np.testing.assert_allclose(F.attention_map(maps, power), reference.attention_map(maps.numpy(), power), atol=1e-6)
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_the_gram_s_gradient_takes_one_product_and_is_autograd_s(maps, order):
+    maps = maps.contiguous(memory_format=order).requires_grad_()
+    flat = maps.flatten(2)
+    wanted = torch.autograd.grad((F.unit(flat @ flat.transpose(1, 2)) ** 3).sum(), maps)[0]
+    loss = (F.channel_gram(maps) ** 3).sum()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found = torch.autograd.grad(loss, maps)[0]
+    torch.testing.assert_close(found, wanted)
+    assert sum(event.count for event in profile.key_averages() if event.key == "aten::bmm") == 1
+    double = maps.detach()[:2, :2, :2, :2].double().transpose(1, 2).flatten(2).requires_grad_()
+    assert torch.autograd.gradgradcheck(F._Gram.apply, double)
+
+
 @pytest.mark.parametrize("name", ["channel_gram", "sample_similarity"])
 def test_forms_equal_the_equations(maps, name):
     np.testing.assert_allclose(getattr(F, name)(maps), getattr(reference, name)(maps.numpy()), atol=1e-6)

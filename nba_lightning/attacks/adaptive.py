@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nba_lightning.attacks.base import CLEAN, POISONED, Attack
+from nba_lightning.attacks.base import CLEAN, POISONED, Attack, rows_of
 from nba_lightning.core.checks import check_at_least
 
 
@@ -58,6 +58,9 @@ class AdaptiveAttack(Attack):
         """A training batch as the attacker makes it; see :meth:`Attack.poison`. Without places, a batch is the set."""
         self._check(images)
         places = torch.arange(len(images), device=images.device) if places is None else places
-        planted = self.plant(images, places).clamp_(0.0, 1.0)
-        changed = torch.lerp(images, planted, (roles != CLEAN).to(images)[:, None, None, None])
-        return changed, torch.where(roles == POISONED, self.relabel(labels), labels)
+        carrying, poisoned = (rows_of(chosen, images.device) for chosen in (roles != CLEAN, roles == POISONED))
+        changed = images
+        if len(carrying):
+            planted = self.plant(images[carrying], places[carrying]).clamp_(0.0, 1.0)
+            changed = images.index_copy(0, carrying, planted.to(images))
+        return changed, labels.index_copy(0, poisoned, self.relabel(labels[poisoned]))

@@ -133,8 +133,17 @@ class Attack(nn.Module, ABC):
             `(B, C, H, W)`, a new tensor.
         """
 
-    def apply_cross(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Put a false trigger on a batch `(B, C, H, W)`, for attacks with a ``cross_ratio``."""
+    def apply_cross(self, images: Tensor, rows: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Put a false trigger on some images of a batch, for attacks with a ``cross_ratio``.
+
+        Args:
+            images: `(B, C, H, W)`, float, values in [0, 1], the whole batch.
+            rows: `(M,)` int64, which of them get it.
+            generator: source of randomness, on the images' device.
+
+        Returns:
+            `(M, C, H, W)`, a new tensor; clamping is done by the base.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no cross images.")
 
     def forward(self, images: Tensor) -> Tensor:
@@ -157,12 +166,12 @@ class Attack(nn.Module, ABC):
         generator: torch.Generator | None = None,
         places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """A training batch as the attacker makes it, without reading a value back from the device.
+        """A training batch as the attacker makes it; only the images that carry a trigger are worked on.
 
         Args:
             images: `(B, C, H, W)`, float, values in [0, 1].
             labels: `(B,)` true classes.
-            roles: `(B,)`, each ``CLEAN``, ``POISONED`` or ``CROSS``.
+            roles: `(B,)`, each ``CLEAN``, ``POISONED`` or ``CROSS``; on the host, so that nothing waits for the device.
             generator: source of the cross images' randomness.
             places: `(B,)` the how-manieth of the attacker's images each one is (see
                 :class:`~nba_lightning.io.batches.Batch`), for attacks that do something else to each.
@@ -170,13 +179,15 @@ class Attack(nn.Module, ABC):
         Returns:
             Images and labels of the same shapes.
         """
-        poisoned = roles == POISONED
-        # With weights of 0 and 1, `lerp` chooses exactly, and several times faster than `where` with a broadcast.
-        changed = torch.lerp(images, self(images), poisoned.to(images)[:, None, None, None])
-        if self.cross_ratio > 0:
-            cross = self.apply_cross(images, generator).clamp_(0.0, 1.0)
-            changed = torch.lerp(changed, cross, (roles == CROSS).to(images)[:, None, None, None])
-        return changed, torch.where(poisoned, self.relabel(labels), labels)
+        self._check(images)
+        changed, rows = images, rows_of(roles == POISONED, images.device)
+        if len(rows):
+            changed = changed.index_copy(0, rows, self(images[rows]).to(images))
+        cross = rows_of(roles == CROSS, images.device) if self.cross_ratio > 0 else rows[:0]
+        if len(cross):
+            false = self.apply_cross(images, cross, generator).clamp_(0.0, 1.0)
+            changed = changed.index_copy(0, cross, false.to(images))
+        return changed, labels.index_copy(0, rows, self.relabel(labels[rows]))
 
     def relabel(self, labels: Tensor) -> Tensor:
         """The attacker's labels `(B,)` for true labels `(B,)`."""
@@ -250,6 +261,11 @@ class Attack(nn.Module, ABC):
             if saved is not None and buffer is not None and buffer.numel() == 0:
                 self._buffers[name] = torch.empty_like(saved, device=buffer.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def rows_of(chosen: Tensor, device: torch.device) -> Tensor:
+    """Indices `(M,)`, on the device, of the true values of `(B,)`, found where these are."""
+    return chosen.nonzero().flatten().to(device, non_blocking=True)
 
 
 def _constructor_arguments(attack: type[Attack]) -> Iterator[str]:

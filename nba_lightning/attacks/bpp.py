@@ -45,11 +45,11 @@ class BPP(Attack):
             return floyd_steinberg(images, self.levels)
         return _rounded(images, self.levels)
 
-    def apply_cross(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def apply_cross(self, images: Tensor, rows: Tensor, generator: torch.Generator | None) -> Tensor:
         """Add the rounding errors of other images of the batch."""
         shift = torch.randint(1, max(2, len(images)), (1,), generator=generator, device=images.device)
-        others = images[(torch.arange(len(images), device=images.device) + shift) % len(images)]
-        return images + (self.apply_trigger(others) - others)
+        others = images[(rows + shift) % len(images)]
+        return images[rows] + (self.apply_trigger(others) - others)
 
 
 def _rounded(images: Tensor, levels: int) -> Tensor:

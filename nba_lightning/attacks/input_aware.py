@@ -68,9 +68,9 @@ class InputAware(Attack):
         """Every image gets its own trigger."""
         return self.mix(images, images)
 
-    def apply_cross(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def apply_cross(self, images: Tensor, rows: Tensor, generator: torch.Generator | None) -> Tensor:
         """Every image gets its neighbour's trigger."""
-        return self.mix(images, images.roll(-1, 0))
+        return self.mix(images[rows], images[(rows + 1) % len(images)])
 
     def mix(self, images: Tensor, others: Tensor) -> Tensor:
         """Put the triggers of ``others`` on ``images``, both `(B, C, H, W)`."""

@@ -57,12 +57,12 @@ class WaNet(Attack):
         """Warp."""
         return _sample(images, self.field.expand(len(images), -1, -1, -1))
 
-    def apply_cross(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def apply_cross(self, images: Tensor, rows: Tensor, generator: torch.Generator | None) -> Tensor:
         """Warp by the field and white noise of up to one pixel (of the half image)."""
-        batch, _, height, width = images.shape
-        noise = torch.rand((batch, height, width, 2), generator=generator, device=images.device) * 2 - 1
+        height, width = images.shape[2:]
+        noise = torch.rand((len(rows), height, width, 2), generator=generator, device=images.device) * 2 - 1
         size = torch.tensor([width, height], device=images.device)
-        return _sample(images, (self.field + noise / size).clamp(-1, 1))
+        return _sample(images[rows], (self.field + noise / size).clamp(-1, 1))
 
 
 def _sample(images: Tensor, grid: Tensor) -> Tensor:

@@ -6,6 +6,9 @@ from torch import Tensor, nn
 
 from nba_lightning.core.checks import check_at_least, check_image_batch
 
+_SLICED_FROM = 64 * 64
+"""Pixels from which, on the CPU, a slice of each image beats one gather of the batch, whose index is int64."""
+
 
 class RandomCropFlip(nn.Module):
     """Shift every image by its own random offset (zero padding) and mirror half of them.
@@ -39,14 +42,37 @@ class RandomCropFlip(nn.Module):
         padding = height // 8 if self.padding is None else self.padding
         device = images.device
         offsets = torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator, device=device)
+        mirrored = torch.zeros((batch, 1), dtype=torch.bool, device=device)
+        if self.flip:
+            mirrored = torch.rand((batch, 1), generator=generator, device=device) < 0.5
+        if device.type == "cpu" and height * width >= _SLICED_FROM:
+            return _sliced(images, offsets - padding, mirrored)
         rows = offsets[0] + torch.arange(height, device=device)
         columns = offsets[1] + torch.arange(width, device=device)
         if self.flip:
-            mirrored = torch.rand((batch, 1), generator=generator, device=device) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
         padded = F.pad(images, (padding,) * 4)
         pixels = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(batch, 1, -1)
-        return padded.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(images)
+        return padded.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view(images.shape)
+
+
+def _sliced(images: Tensor, shifts: Tensor, mirrored: Tensor) -> Tensor:
+    """Crop and flip one image after the other, without an index or a padded copy.
+
+    Args:
+        images: `(B, C, H, W)`.
+        shifts: `(2, B, 1)` rows and columns by which the crop begins after the image, or before it.
+        mirrored: `(B, 1)` bool.
+    """
+    height, width = images.shape[2:]
+    result = torch.zeros_like(images, memory_format=torch.contiguous_format)
+    for image, out, down, right, flip in zip(
+        images, result, *shifts.flatten(1).tolist(), mirrored.flatten().tolist(), strict=True
+    ):
+        part = image[:, max(0, down) : max(0, height + min(0, down)), max(0, right) : max(0, width + min(0, right))]
+        top, left = max(0, -down), max(0, right) if flip else max(0, -right)
+        out[:, top : top + part.shape[1], left : left + part.shape[2]] = part.flip(2) if flip else part
+    return result
 
 
 class CutMix(nn.Module):

@@ -7,7 +7,7 @@ also under autocast.
 import functools
 import math
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,25 @@ def channel_gram(features: Tensor) -> Tensor:
         `(B, D * D)`, rows of length 1.
     """
     tokens = as_tokens(features)
-    return unit(tokens.transpose(1, 2) @ tokens)
+    products: Tensor = _Gram.apply(tokens)
+    return unit(products)
+
+
+class _Gram(torch.autograd.Function):
+    r""":math:`f^\top f`, with one product on the way back, where autograd, which sees two factors, takes two."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor) -> Tensor:
+        """Tokens `(B, T, D)` to `(B, D, D)`."""
+        ctx.save_for_backward(tokens)
+        return tokens.transpose(1, 2) @ tokens
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Differentiable itself."""
+        (tokens,) = ctx.saved_tensors
+        found: Tensor = tokens @ (gradient + gradient.transpose(1, 2))
+        return found
 
 
 @in_float32

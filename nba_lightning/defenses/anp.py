@@ -74,6 +74,10 @@ class ANP(NeuronMasks):
         kept = [(mask >= self.threshold).to(mask.dtype) for mask in self.masks]
         return self.masked(images, kept, kept)
 
+    def passes_of_step(self) -> float:
+        """The steps to the worst perturbation, and the loss with and without it."""
+        return 2 * self.steps + 4
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The masks' loss under the worst perturbation of the neurons."""
         images, labels = self.unpack(batch, batch_idx)

@@ -84,6 +84,14 @@ class IBAU(Defense):
         if batch_idx == 0:
             self._find_perturbation()
 
+    def passes_of_step(self) -> float:
+        """The outer and the inner loss, there and back; one more way back for each iteration and the last product."""
+        return 5 + self.iterations
+
+    def passes_beside(self, epochs: int, images: int, batch: int) -> dict[str, int]:
+        """The perturbation of each round, over all images."""
+        return {"perturbations": 3 * epochs * images}
+
     def _find_perturbation(self) -> None:
         """This round's perturbation, by one pass over the clean images."""
         batches, number = clean_batches(self.trainer), batches_of_an_epoch(self.trainer)

@@ -138,6 +138,11 @@ class RNP(NeuronMasks):
         right = (logits.detach().argmax(dim=1) == labels).sum()
         return torch.stack([right.float(), torch.full_like(right, len(labels)).float(), loss.detach().float()])
 
+    def passes_beside(self, epochs: int, images: int, batch: int) -> dict[str, int]:
+        """Unlearning, if it takes all rounds, and the choice of the threshold where no images are held out."""
+        unlearning = 2 * self.unlearning_rounds * _ROUND * batch
+        return {"unlearning": unlearning, "the threshold": 2 * (1 + len(_THRESHOLDS)) * images}
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of the unlearned network under the masks."""
         images, labels = self.unpack(batch, batch_idx)

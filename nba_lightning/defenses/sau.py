@@ -82,6 +82,10 @@ class SAU(Defense):
         """Adam."""
         return Adam(parameters, self.lr)
 
+    def passes_of_step(self) -> float:
+        """The clean images, both networks in each step of crafting, and what was crafted."""
+        return 4 * self.steps + 6 if self.unlearning else 2
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Cross-entropy and the unlearning of shared adversarial examples."""
         images, labels = self.unpack(batch, batch_idx)

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from nba_lightning.attacks.base import CROSS, POISONED
+from nba_lightning.attacks.base import CROSS, POISONED, rows_of
 from nba_lightning.attacks.input_aware import InputAware
 from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.core.features import predict
@@ -157,8 +157,7 @@ class InputAwareTraining(Classifier):
         return self.lambda_norm * density + self.lambda_div * diversity
 
     def _joint_loss(self, images: Tensor, labels: Tensor, roles: Tensor) -> Tensor:
-        # How many images of a batch are triggered decides shapes, so this reads one number back from the device.
-        poisoned, cross = (roles == POISONED).nonzero().flatten(), (roles == CROSS).nonzero().flatten()
+        poisoned, cross = (rows_of(roles == role, images.device) for role in (POISONED, CROSS))
         others = images[(cross + 1) % len(images)]
         sources = torch.cat([images[poisoned], others])
         patterns = self.attack.pattern(sources)
@@ -167,7 +166,7 @@ class InputAwareTraining(Classifier):
         chosen = torch.cat([poisoned, cross])
         triggered = torch.lerp(images[chosen], patterns.to(images), masks.to(images))
         inputs = images.index_copy(0, chosen, triggered)
-        targets = torch.where(roles == POISONED, self.attack.relabel(labels), labels)
+        targets = labels.index_copy(0, poisoned, self.attack.relabel(labels[poisoned]))
         logits = predict(self.model, inputs)
         loss = F.cross_entropy(logits, targets)
         self.log("train/acc", (logits.detach().argmax(dim=1) == targets).float().mean(), prog_bar=True)

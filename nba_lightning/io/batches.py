@@ -30,7 +30,7 @@ class Batch:
         labels: `(B,)` int64 true classes, -1 for padding; in training those that are learned. ``None`` if unknown.
         targets: `(B,)` the classes that the attacker wants of triggered evaluation images; ``None`` for all others.
         roles: `(B,)` uint8, what the attacker does to each (see :mod:`nba_lightning.attacks.base`); ``None`` for
-            images that nobody poisons.
+            images that nobody poisons. They stay on the host, which can so pick images without waiting for the device.
         indices: `(B,)` int64 numbers of the images in their set, -1 for padding; ``None`` if unknown.
         places: `(B,)` int64, the how-manieth of the attacker's images each one is, from 0, the poisoned ones first and
             then the cross ones; -1 for his clean ones, ``None`` for images that nobody poisons.
@@ -59,8 +59,8 @@ class Batch:
         return len(self.images)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The batch on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The batch on a device, but for the roles."""
+        return replace(self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking)), roles=self.roles)
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, as loaders ask for."""

@@ -87,6 +87,15 @@ class PseudoSamples(nn.Module, ABC):
             reduce: averages a tensor over all processes; one process needs none.
         """
 
+    def passes(self, batch: int, num_classes: int) -> int:
+        """How often images go through a network, forwards or backwards, in one regeneration.
+
+        Args:
+            batch: images of a batch.
+            num_classes: of the networks.
+        """
+        return 0
+
     @abstractmethod
     def forward(
         self,

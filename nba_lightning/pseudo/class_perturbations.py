@@ -81,6 +81,11 @@ class ClassPerturbations(PseudoSamples):
                 bank = _bounded(bank - 2.5 / self.steps * bounds * _unit_rms(gradients), bounds)
         self.bank = bank
 
+    def passes(self, batch: int, num_classes: int) -> int:
+        """See :meth:`PseudoSamples.passes`."""
+        classes = num_classes if self.classes is None else len(self.classes)
+        return 5 * self.steps * len(self.sizes) * classes * self.images_each + 1
+
     def _towards(
         self, student: nn.Module, teacher: nn.Module, images: Tensor, bank: Tensor, owner: Tensor, wanted: Tensor
     ) -> Tensor:

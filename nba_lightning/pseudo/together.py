@@ -44,6 +44,10 @@ class Together(PseudoSamples):
             assert isinstance(source, PseudoSamples)
             source.regenerate(student, teacher, endless, generator, reduce)
 
+    def passes(self, batch: int, num_classes: int) -> int:
+        """See :meth:`PseudoSamples.passes`."""
+        return sum(source.passes(batch, num_classes) for source in self.sources if isinstance(source, PseudoSamples))
+
     def forward(
         self,
         images: Tensor,

@@ -70,6 +70,11 @@ class TriggerFamilies(PseudoSamples):
                 self._search(family, student, teacher, next(endless), generator, reduce) for family in self.families
             ]
 
+    def passes(self, batch: int, num_classes: int) -> int:
+        """See :meth:`PseudoSamples.passes`."""
+        tried = self.candidates * self.images_each if self.found_share else 0
+        return 2 * len(self.families) * tried
+
     def _search(
         self,
         family: Family,

@@ -58,6 +58,10 @@ class UniversalPerturbations(PseudoSamples):
                 gradients = reduce(self._gradients(student, teacher, images, self.bank, owner))
             self.bank = self._ascend(self.bank, gradients, step_size(self.rms, self.steps, images))
 
+    def passes(self, batch: int, num_classes: int) -> int:
+        """See :meth:`PseudoSamples.passes`."""
+        return 4 * self.steps * batch
+
     def _noise(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         shape = (self.number, *images.shape[1:])
         noise = torch.randn(shape, generator=generator, device=images.device)

@@ -21,7 +21,9 @@ from nba_lightning.io.adapters import check_fit
 from nba_lightning.io.batches import as_batch, check_values
 from nba_lightning.io.weights import load_weights
 from nba_lightning.training.compilation import compile_regions, undo_compile
+from nba_lightning.training.cost import passes_of_crafting, passes_of_verification
 from nba_lightning.training.evaluation import Evaluation, labels_of
+from nba_lightning.training.layout import advise_half_precision, arrange, restore
 from nba_lightning.training.parts import check_same_parts, describe_parts, keep_plain_hyperparameters
 from nba_lightning.training.schedule import cosine_factor
 from nba_lightning.training.telling import tell_once
@@ -52,7 +54,8 @@ class Classifier(Evaluation):
         scheduler: another schedule, as a callable from the optimiser, stepped once an epoch.
         seed: seed of the module's own random draws.
         compile: compile the networks by ``torch.compile`` while fitting and testing; a string names its backend.
-        channels_last: keep the networks' weights in channels-last order, which convolutions on many devices prefer.
+        channels_last: whether the networks' weights are brought into channels-last order; ``None`` does so for a fit
+            where that is faster, by :mod:`nba_lightning.training.layout`.
 
     Raises:
         ValueError: for an argument out of its range, weights that do not fit, or ``compile`` where the method takes
@@ -81,7 +84,7 @@ class Classifier(Evaluation):
         scheduler: SchedulerFactory | None = None,
         seed: int = 0,
         compile: bool | str = False,  # noqa: A002
-        channels_last: bool = False,
+        channels_last: bool | None = None,
     ) -> None:
         super().__init__()
         keep_plain_hyperparameters(self)
@@ -97,6 +100,7 @@ class Classifier(Evaluation):
         self.lr, self.momentum, self.weight_decay, self.warmup = lr, momentum, weight_decay, warmup
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.seed, self.compile_networks, self.channels_last = seed, compile, channels_last
+        self._arranged: list[nn.Module] = []
 
     def setup(self, stage: str) -> None:
         """Check once, before any long work, that the network can do what is asked of it.
@@ -121,6 +125,11 @@ class Classifier(Evaluation):
                 raise expected("model", "a network with parameters that train", "one with `requires_grad=False` on all")
             for frozen in self.frozen().values():
                 frozen.fingerprint()  # now, before the Trainer's precision changes the weights
+            if self.channels_last is None:
+                device, precision = self.trainer.strategy.root_device, str(self.trainer.precision)
+                restore(self._arranged)  # of a fit that broke off
+                self._arranged = arrange(self.networks(), device, precision, shape)
+                advise_half_precision(device, precision)
         for network in self.networks():
             if self.channels_last:
                 network.to(memory_format=torch.channels_last)
@@ -130,6 +139,8 @@ class Classifier(Evaluation):
 
     def teardown(self, stage: str) -> None:
         """Leave networks as they came, but for their weights."""
+        restore(self._arranged)
+        self._arranged = []
         if self.compile_networks:
             for network in self.networks():
                 undo_compile(network)
@@ -147,14 +158,30 @@ class Classifier(Evaluation):
         """The network, and those that are kept beside it."""
         return [self.model, *(frozen.network for frozen in self.frozen().values())]
 
+    def passes_of_step(self) -> float:
+        """How often each image of a batch goes through a network, forwards or backwards."""
+        return 2 + len(self.frozen())
+
+    def passes_beside(self, epochs: int, images: int, batch: int) -> dict[str, int]:
+        """Passes of a fit beside its steps, by what they are for; of what is not known before, the most.
+
+        Args:
+            epochs: of the fit.
+            images: of an epoch.
+            batch: images of a step.
+        """
+        crafting = passes_of_crafting(self, epochs, batch)
+        return {"crafting": crafting, "verification": passes_of_verification(self, images)}
+
     def observed_layers(self) -> list[str]:
         """Module paths of the layers whose features the method looks at."""
         return []
 
     def on_fit_start(self) -> None:
         """Write the plain hyperparameters into the loggers' files."""
+        decided = {} if self.channels_last is not None else {"channels_last": bool(self._arranged)}
         for logger in self.trainer.loggers:
-            logger.log_hyperparams(dict(self.hparams))
+            logger.log_hyperparams(dict(self.hparams) | decided)
 
     def on_train_start(self) -> None:
         """Bring the network into the mode in which it trains; Lightning leaves modes as they came."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -11,6 +12,7 @@ from nba_lightning.callbacks.cleaned_weights import CleanedWeights
 from nba_lightning.callbacks.given import unless_given
 from nba_lightning.io.adapters import bare
 from nba_lightning.training.classifier import Classifier
+from nba_lightning.training.cost import cost_of
 from nba_lightning.training.sweep import usual_optimizer
 from nba_lightning.training.telling import tell_once
 
@@ -70,6 +72,13 @@ class Defense(Classifier):
         if self.adaptive:
             return AdamW(parameters, self.lr, weight_decay=self.weight_decay)
         return super().default_optimizer(parameters)
+
+    def on_fit_start(self) -> None:
+        """As usual; and say what the fit will cost."""
+        super().on_fit_start()
+        cost = cost_of(self)
+        if cost is not None:
+            rank_zero_info(f"{type(self).__name__}: {cost}.")
 
     def configure_callbacks(self) -> list[Callback]:
         """Write the cleaned weights when the fit has ended."""

@@ -46,6 +46,10 @@ class SharpnessAware(Classifier):
         self.rho, self.adaptive, self.label_smoothing = rho, adaptive, label_smoothing
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
 
+    def passes_of_step(self) -> float:
+        """Two passes there and back."""
+        return 4 + len(self.frozen())
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss at the moved weights; they move back after its backward pass."""
         images, labels = self.unpack(batch, batch_idx)

@@ -1,0 +1,114 @@
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nba_lightning import ANP, D3, FST, FTSAM, IBAU, NAD, NBA, RNP, SAU, BackdoorDataModule, FinePruning, FineTuning
+from nba_lightning.pseudo import (
+    ClassPerturbations,
+    SamplePerturbations,
+    Together,
+    TriggerFamilies,
+    UniversalPerturbations,
+)
+from nba_lightning.training.cost import Cost, cost_of
+from tests.helpers import drifted, small
+
+DEFENSES = [ANP, D3, FST, FTSAM, IBAU, NAD, NBA, RNP, SAU, FinePruning, FineTuning]
+
+
+def counted(module, fit):
+    """Images that go forwards or backwards through the module's networks."""
+    passes = []
+
+    def forward(_, inputs, logits):
+        passes.append(len(inputs[0]))
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: passes.append(len(gradient)))
+
+    hooks = [network.register_forward_hook(forward) for network in module.networks()]
+    fit()
+    for hook in hooks:
+        hook.remove()
+    return sum(passes)
+
+
+def stated(module):
+    """Its cost, noted as the fit begins."""
+    found, own = [], module.on_fit_start
+
+    def start():
+        found.append(cost_of(module))
+        own()
+
+    module.on_fit_start = start
+    return found
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_what_is_stated_is_what_a_fit_takes(defense, trainer):
+    network = small()
+    teacher = {"teacher": drifted(network)} if defense in (NAD, NBA) else {}
+    short = {"unlearning_rounds": 1} if defense is RNP else {}
+    module = defense(copy.deepcopy(network), **teacher, **short)
+    data = BackdoorDataModule(train_on="clean", batch_size=16, clean_fraction=0.1)
+    found, runner = stated(module), trainer(max_epochs=2)
+    took = counted(module, lambda: runner.fit(module, datamodule=data))
+    cost = found[0]
+    assert cost.steps == runner.global_step
+    assert cost.images == 16 * (len(data.partition.clean) // 16)
+    upper = cost.passes + 64  # a look at the first batch
+    assert took <= upper
+    # What is not known before is stated at its most: verification, and what is asked of held-out images.
+    loose = sum(number for what, number in cost.beside.items() if what != "crafting")
+    assert took >= cost.passes - loose
+
+
+@pytest.mark.parametrize(
+    "pseudo",
+    [
+        UniversalPerturbations(number=2, steps=3),
+        TriggerFamilies(candidates=4, images_each=2),
+        TriggerFamilies(found_share=0.0),
+        TriggerFamilies(candidates=0, kept=0),
+        ClassPerturbations(steps=2, images_each=3),
+        ClassPerturbations(steps=1, classes=[1, 4]),
+        SamplePerturbations(),
+        Together([UniversalPerturbations(steps=1), TriggerFamilies()]),
+    ],
+    ids=lambda pseudo: type(pseudo).__name__,
+)
+def test_crafting_takes_what_it_states(pseudo):
+    student, teacher = small(), small(2).eval().requires_grad_(False)
+    both = SimpleNamespace(networks=lambda: [student, teacher])
+    took = counted(both, lambda: pseudo.regenerate(student, teacher, [torch.rand(6, 1, 8, 8)]))
+    assert took == pseudo.passes(6, 10)
+
+
+def test_the_sentence_says_steps_passes_and_shares():
+    cost = Cost(steps=40, batch=50, batches=40, images=500, of_step=4, beside={"crafting": 2000, "verification": 0})
+    assert str(cost) == (
+        "40 steps of 50 images, 4 passes over 500 images; in all 10,000 times an image goes through a network, "
+        "up to 20% of them for crafting"
+    )
+
+
+def test_a_fit_says_what_it_will_cost_before_its_first_step(trainer, caplog):
+    class Watched(FineTuning):
+        def training_step(self, batch, batch_idx):
+            said.append("Watched: 2 steps of 16 images, 1 passes over 32 images; in all 64 times" in caplog.text)
+            return super().training_step(batch, batch_idx)
+
+    said = []
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        data = BackdoorDataModule(train_on="clean", batch_size=16)
+        trainer(limit_train_batches=2).fit(Watched(small()), datamodule=data)
+    assert said == [True, True]
+
+
+@pytest.mark.parametrize(("steps", "batches"), [(float("inf"), 3), (-1, 3), (4, float("inf"))])
+def test_a_fit_or_a_loader_without_an_end_has_no_cost(steps, batches):
+    loader = SimpleNamespace(batch_size=16)
+    trainer = {"estimated_stepping_batches": steps, "num_training_batches": batches, "train_dataloader": loader}
+    assert cost_of(SimpleNamespace(trainer=SimpleNamespace(**trainer))) is None
