@@ -128,6 +128,14 @@ def test_help_of_a_class_and_of_our_own_commands(capsys):
     assert "--attack {badnets,blended}" in helped(capsys, "demo", "--help")
 
 
+@pytest.mark.parametrize("command", ["clean", "scan", "demo", "report"])
+def test_help_of_our_own_commands_fits_on_two_screens(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = helped(capsys, command, "--help")
+    assert len(shown.splitlines()) <= 100
+    assert COMMANDS[command].help.split(".")[0] in " ".join(shown.split())
+
+
 def test_a_command_is_a_line_in_the_table_and_is_imported_when_it_is_called(tmp_path, monkeypatch, capsys):
     (tmp_path / "probe.py").write_text(
         "def probe(status: int, word: str = 'none'):\n"

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
 from nba_lightning.training.evidence import Search
+from tests.app.conftest import write_images
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SECTION = README.split("## In your project")[1].split("\n## ")[0]
@@ -48,9 +49,22 @@ def names(tmp_path, monkeypatch):
     }
 
 
-def test_there_are_three_and_they_are_short():
-    assert len(EXAMPLES) == 3
+def test_there_are_four_and_they_are_short():
+    assert len(EXAMPLES) == 4
     assert all(len(example.splitlines()) <= 30 for example in EXAMPLES)
+
+
+def test_the_guarded_fit_runs_and_goes_on(names, tmp_path, capsys):
+    write_images(tmp_path / "clean", 20, size=16)
+    names["suspicious_network"] = resnet18(num_classes=3)
+    with pytest.warns(UserWarning, match="With so few images the guard cannot know"):
+        exec(EXAMPLES[3], names)
+    assert names["trainer"].global_step == 2
+    assert list((tmp_path / "runs" / "teacher").glob("last.ckpt"))
+    assert capsys.readouterr().out.startswith("unknown With so few images")
+    names["suspicious_network"] = resnet18(num_classes=3)
+    exec(EXAMPLES[3], names)
+    assert names["trainer"].ckpt_path.endswith("last.ckpt")
 
 
 @pytest.mark.parametrize("index", range(3), ids=["torchvision", "timm", "lightning"])

@@ -14,6 +14,7 @@ from nba_lightning.app.chain import Chain, check_folder, say, write_json
 from nba_lightning.app.fits import STUDENT_STEPS, TEACHER_STEPS, Places
 from nba_lightning.app.networks import count_classes
 from nba_lightning.app.quiet import quiet
+from nba_lightning.app.reasons import reasons
 from nba_lightning.app.report_figures import interval
 from nba_lightning.app.report_reading import Accuracy
 from nba_lightning.app.runs import own_interrupts
@@ -22,6 +23,9 @@ from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.core.modes import check_finite, fingerprint
 from nba_lightning.data.owner import CleanImages
 from nba_lightning.io.adapters import Normalized, bare
+
+_COPIES = 20
+"""Of the network on the disk: each teacher's and the student's weights, and their checkpoints with an optimiser's."""
 
 
 def clean(
@@ -94,7 +98,7 @@ def clean(
         asked: dict[str, Any] = {"max_loss": max_loss, "teacher_steps": teacher_steps, "student_steps": student_steps}
         asked |= {"scan": scan, "trust_classes": trust_classes, "seed": seed, **_identity(network, data)}
         size = sum(value.numel() * value.element_size() for value in network.state_dict().values())
-        chain = Chain(folder, asked, 8 * size + 2**24)
+        chain = Chain(folder, asked, _COPIES * size + 2**24)
         run = Cleaning(network, data, chain, Places.of(device), max_loss, seed, progress)
         if more:
             run.warnings.append(f"The network has {len(more)} more classes than have names, taken to come last.")
@@ -150,10 +154,13 @@ def _chain(
 
     def work() -> dict[str, Any]:
         normalized = _normalization(run.network)
+        of_teacher = {f"teacher_{name}": teacher["chosen"][name] for name in ("rate", "steps")}
+        asked = student_steps if role == "student" else teacher_steps
+        why = reasons(last["chosen"], run.data, asked, role, teacher["tried"])
         return {
             "accuracy": run.accuracies(files),
             "scan": scans,
-            "chosen": {**last["chosen"], **{f"teacher_{name}": teacher["chosen"][name] for name in ("rate", "steps")}},
+            "chosen": {**last["chosen"], **of_teacher, "reasons": why},
             "warnings": run.warnings,
             "weights": {**outcome(last, role), **described, **normalized, "size": list(run.data.image_shape)},
             "classes": run.data.classes,

@@ -131,9 +131,8 @@ def fitted_to_data(configs: Sequence[str], given: Sequence[str] = ()) -> list[st
     """
     contents = [read_config(config) for config in configs]
     named = [_class_of(content["data"]) for content in contents if _names(content, "data")]
-    classes: list[str | None] = [*named, *given]
-    data = classes[-1] if classes else None
-    if data is None or _is_research(data):
+    data = [*named, *given]
+    if not data or _is_research(data[-1]):
         return list(configs)
     defenses = shipped_folder() / "defense"
     strange = [not _is_text(config) and defenses in Path(config).absolute().parents for config in configs]

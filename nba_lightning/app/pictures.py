@@ -1,5 +1,6 @@
 """Pictures for the report: pseudo samples, and attention of the networks on the same images."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from nba_lightning.core.functional import attention_map
 from nba_lightning.core.modes import evaluating
 from nba_lightning.core.randomness import generator_for, shuffled
 from nba_lightning.data.owner import CleanImages
+from nba_lightning.io.adapters import Normalized
 from nba_lightning.training.distillation import Distillation
 
 _DRAWN, _SHOWN = 64, 12
+_CELLS = 4
+"""Of an attention map, each way."""
 
 
 def save_pictures(folder: Path, module: Distillation, suspicious: nn.Module, data: CleanImages) -> list[str]:
@@ -62,7 +66,9 @@ def _save(folder: Path, module: Distillation, networks: Mapping[str, nn.Module],
     shown = {"images": _pixels(images[strongest]), "perturbed": _pixels(perturbed[strongest])}
     save_file(shown, folder / "pseudo.safetensors")
     samples = _answers(networks, perturbed[strongest], labels[strongest])
-    write_json(folder / "pseudo.json", {"samples": [{**one, "source": type(pseudo).__name__} for one in samples]})
+    write_json(
+        folder / "pseudo.json", {"samples": [{**one, "source": _words(type(pseudo).__name__)} for one in samples]}
+    )
 
 
 def _attention(
@@ -75,11 +81,18 @@ def _attention(
     layers = list(maps["cleaned"])
     if not layers:
         return  # a network without feature maps, or a fit that observed none
-    layer = layers[-1]
+    # The last one whose map has cells enough to show a place; the last of all where none has.
+    layer = next((name for name in reversed(layers) if min(maps["cleaned"][name].shape[2:]) >= _CELLS), layers[-1])
     shape = {name: found[layer].shape[2:] for name, found in maps.items()}
     tensors = {name: attention_map(found[layer]).view(-1, *shape[name]).contiguous() for name, found in maps.items()}
     save_file({"images": _pixels(images), **tensors}, folder / "attention.safetensors")
-    write_json(folder / "attention.json", {"layer": layer, "samples": _answers(networks, images, labels)})
+    theirs = layer.removeprefix("network.") if isinstance(networks["cleaned"], Normalized) else layer
+    write_json(folder / "attention.json", {"layer": theirs, "samples": _answers(networks, images, labels)})
+
+
+def _words(name: str) -> str:
+    """``TriggerFamilies`` as trigger families."""
+    return re.sub(r"(?<!^)(?=[A-Z])", " ", name).lower()
 
 
 def _answers(networks: Mapping[str, nn.Module], images: Tensor, labels: Tensor) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ from nba_lightning.app import report_figures as figures
 from nba_lightning.app import report_sentences as sentences
 from nba_lightning.app.report_classes import by_class, by_method
 from nba_lightning.app.report_loading import read_weights
-from nba_lightning.app.report_pictures import attention_samples, pseudo_samples
+from nba_lightning.app.report_pictures import Sample, attention_samples, pseudo_samples
 from nba_lightning.app.report_reading import NETWORKS, Entry, plain, read_accuracy, read_json, read_scan
 from nba_lightning.io.files import whole
 
@@ -127,6 +127,7 @@ def _context(folder: Path) -> dict[str, Any]:
         "methods": by_method(before, after),
         "scans": {"before": before, "after": after},
         "pseudo": pseudo,
+        "wrong": _wrong(pseudo),
         "attention": attention,
         "layer": layer,
         "curves": figures.curves(root.children("curves")),
@@ -148,8 +149,14 @@ def _chosen(entry: Entry | None) -> list[tuple[str, str, str]]:
     ]
 
 
+def _wrong(samples: list[Sample]) -> int | None:
+    """On how many pseudo samples the suspicious network is wrong; ``None`` where it was not asked about all."""
+    said = [not answer.right for one in samples for answer in one.answers if answer.network == "suspicious"]
+    return sum(said) if len(said) == len(samples) else None
+
+
 def _provenance(root: Entry) -> list[tuple[str, str]]:
-    rows = [(name, plain(value)) for name, value in _values(root, "provenance")]
+    rows = [(name.replace("_", " "), plain(value)) for name, value in _values(root, "provenance")]
     if (seconds := root.number("seconds", 0)) is not None:
         rows.append(("time", sentences.duration(seconds)))
     if root.values.get("seed") is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from nba_lightning.app.report_reading import Accuracy, Entry, ScanRow
 
 _Z = 1.959964  # of a 95 % interval
+_NAMES = {"acc": "held-out images"}  # as the figures of a fit's validation are called there
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def _panel(title: str, series: Mapping[str, list[tuple[float, float | None]]]) -
         ]
         final = next((value for _, value in reversed(points) if value is not None), None)
         shown = "no number" if final is None else f"{100 * final:.1f}\u00a0%" if is_share else f"{final:.3g}"
-        lines.append(Line(name, _path(placed), shown))
+        lines.append(Line(_NAMES.get(name, name), _path(placed), shown))
     return Panel(title, axis, (int(first), int(last)), lines)
 
 

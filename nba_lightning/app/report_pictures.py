@@ -69,10 +69,15 @@ def _pseudo(clean: _Pixels, changed: _Pixels, entry: Entry, names: Sequence[str]
     gain = 127 / max(float(np.abs(change).max()), 1.0)
     magnified = np.rint(np.clip(127.5 + gain * change, 0, 255)).astype(np.uint8)
     target = f"searched for class {entry.label('target', names)}" if entry.values.get("target") is not None else ""
+    times = f"{gain:.1f}" if gain < 10 else f"{gain:.0f}"
     pictures = [
         Picture(_uri(clean), f"An image of class {label}, unchanged", "image"),
         Picture(_uri(changed), f"The image of class {label} with the perturbation", "perturbed"),
-        Picture(_uri(magnified), f"The change, {gain:.1f} times magnified; grey is none", f"change \u00d7{gain:.1f}"),
+        Picture(
+            _uri(magnified),
+            f"The change, {times} times magnified; grey is none",
+            f"change \u00d7{times}",
+        ),
     ]
     note = ", ".join(part for part in (target, entry.text("source") or "") if part)
     return Sample(label, note, pictures, _answers(entry, label, names))

@@ -91,14 +91,13 @@ class Cleaning:
         return {name: value for name, value in found.items() if name != "warnings"}
 
     def teach(self, steps: int) -> dict[str, Any]:
-        """Make the teacher."""
+        """Make the teacher; ``tried`` says which rates were not taken, and why."""
         say("4/6  The teacher: a copy of the network, fine-tuned on the clean images", self.show)
         held_out = len(self.data.held_out) > 0
         found, tried = fit_teacher(
             self.network, lambda name: self._link(name, steps), self.chain, held_out, self.seed, self.show
         )
-        self.warnings += tried
-        return found
+        return {**found, "tried": tried}
 
     def align(self, teacher: nn.Module, rate: float, steps: int) -> dict[str, Any]:
         """Align the student with the teacher, at the teacher's rate."""

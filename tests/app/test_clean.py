@@ -71,6 +71,11 @@ def test_it_leaves_a_cleaned_network_and_a_report(owner):
         assert part["verdict"].keys() == part["classes"].keys()
     assert {"optimiser", "rate", "steps", "batch", "layers"} <= set(found["chosen"])
     assert found["chosen"]["layers"] == ["first"]
+    assert found["chosen"]["reasons"].keys() == {"optimiser", "rate", "steps", "batch", "layers", "accepted"}
+    assert "at least the 10 steps that were asked for" in found["chosen"]["reasons"]["steps"]
+    assert json.loads(Path("cleaned/report/attention.json").read_text())["layer"] == "first"  # not `network.first`
+    samples = json.loads(Path("cleaned/report/pseudo.json").read_text())["samples"]
+    assert {sample["source"] for sample in samples} == {"trigger families"}
     assert not any("no pictures" in warning for warning in found["warnings"])
     assert Path("cleaned/report/pseudo.safetensors").is_file()
     assert found["weights"]["network"] == "mine.Colours"
@@ -127,10 +132,10 @@ def test_a_teacher_that_lost_too_much_gives_way_to_a_smaller_rate(owner, monkeyp
         main([*COMMAND, "--teacher_steps=50"])
     found = report()
     assert found["chosen"]["teacher_rate"] == 0.02
-    assert found["warnings"][:2] == [
-        f"A teacher fine-tuned at rate {rate} was not taken: it was right on 0.0% of the held-out images."
-        for rate in (0.2, 0.06)
-    ]
+    assert not any("fine-tuned" in warning for warning in found["warnings"])  # it is a choice, no warning
+    for rate in (0.2, 0.06):
+        told = f"A teacher fine-tuned at rate {rate} was not taken: it was right on 0.0% of the held-out images."
+        assert told in found["chosen"]["reasons"]["rate"]
     assert found["accuracy"]["teacher"]["value"] == 1.0
     assert Path("cleaned/cleaned.safetensors").is_file()
     assert not Path("cleaned/rejected.safetensors").exists()
@@ -155,7 +160,7 @@ def test_a_rate_at_which_the_loss_becomes_infinite_is_not_taken(owner, monkeypat
     monkeypatch.setattr(fits, "FineTuning", Endless)
     main(COMMAND)
     assert report()["chosen"]["teacher_rate"] == 0.06
-    assert report()["warnings"][0].endswith("0.2 was not taken: the loss became infinite.")
+    assert report()["chosen"]["reasons"]["rate"].endswith("0.2 was not taken: the loss became infinite.")
 
 
 class CtrlC(Callback):

@@ -416,12 +416,40 @@ def test_pseudo_samples_show_the_images_as_they_are_and_the_change_magnified(tmp
     assert np.array_equal(clean, expected)
     assert np.array_equal(perturbed, expected + 5)
     assert (change == round(127.5 + 127)).all()  # the largest change is drawn white, and all are the largest here
-    assert first.pictures[2].caption == "change \u00d725.4"
+    assert first.pictures[2].caption == "change \u00d725"
     assert first.note == "searched for class truck"
     assert [(one.network, one.label, one.right) for one in first.answers] == [
         ("suspicious", "truck", False),
         ("cleaned", "cat", True),  # class 0 of the names
     ]
+
+
+@pytest.mark.parametrize(
+    ("answers", "sentence"),
+    [
+        ([2, 0, 0], "The suspicious network is wrong on 1 of these 3."),
+        ([0, 0, 0], "The suspicious network is right on all of these."),
+        ([2, None, 0], None),
+    ],
+)
+def test_the_page_does_not_claim_that_pseudo_samples_mislead_where_they_do_not(tmp_path, answers, sentence):
+    write_pictures(tmp_path, count=3)
+    samples = [{"class": 0, **({} if said is None else {"suspicious": answer(said)})} for said in answers]
+    (tmp_path / "report" / "pseudo.json").write_text(json.dumps({"samples": samples}))
+    text = page(tmp_path, whole())
+    if sentence is None:
+        assert "The suspicious network is" not in text
+    else:
+        assert sentence in text
+
+
+def test_accuracy_on_images_of_the_fits_is_said_beside_the_figure(tmp_path):
+    figures = {name: accuracy(0.9, 12, held_out=False) for name in ("suspicious", "cleaned")}
+    said = "The fits were made on these same images"
+    assert said in page(tmp_path, {"accuracy": figures})
+    for held_out in ({"held_out": True}, {}):
+        figures = {name: accuracy(0.9, 100, **held_out) for name in ("suspicious", "cleaned")}
+        assert said not in page(tmp_path, {"accuracy": figures})
 
 
 def test_attention_is_brightest_where_it_is_largest(tmp_path):

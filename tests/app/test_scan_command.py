@@ -67,6 +67,15 @@ def test_functions_of_torchvision_and_timm(tmp_path):
     assert count_classes(load_network("timm.create_model", None, arguments, **GIVEN), shape) == 4
 
 
+def test_a_network_of_another_image_size_is_said(owner):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
+    assert count_classes(network, (3, 16, 16)) == 3
+    with pytest.raises(
+        ValueError, match=r"`image_size` to be the height and width that Sequential takes .* \(3, 8, 8\)"
+    ):
+        count_classes(network, (3, 8, 8))
+
+
 class Config:
     """As the configurations of transformers are made."""
 

@@ -1,0 +1,48 @@
+"""Why the chain chose what it chose, in a sentence each, for the report."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nba_lightning.data.owner import CleanImages
+
+_OPTIMISERS = {
+    "AdamW": "The network has layer normalisation or depthwise convolutions; such networks are trained adaptively.",
+    "SGD": "The network has neither layer normalisation nor depthwise convolutions.",
+}
+
+
+def reasons(
+    chosen: Mapping[str, Any], data: CleanImages, steps: int, role: str, tried: Sequence[str]
+) -> dict[str, str]:
+    """Sentences for those of the choices that need one.
+
+    Args:
+        chosen: what was chosen for the last fit.
+        data: the clean images.
+        steps: of that fit, as they were asked for.
+        role: ``teacher`` or ``student``, which that fit trained.
+        tried: a sentence for each rate that was not taken.
+    """
+    training = len(data.training)
+    strongest = "Of those tried the strongest that kept accuracy on held-out images, or else the one that lost least."
+    usual = "The usual one of this optimiser, since no images were held out to tell rates apart."
+    known = {
+        "optimiser": _OPTIMISERS.get(chosen["optimiser"]),
+        "rate": " ".join([strongest if len(data.held_out) else usual, *tried]),
+        "steps": f"Whole passes over {training:,} images, for at least the {steps:,} steps that were asked for.",
+        "batch": "As it was asked for."
+        if data.batch_size
+        else f"A quarter of the {training:,} images to train on, at most 50.",
+        "layers": "Where the student was made to behave as the teacher." if role == "student" else None,
+        "accepted": _accepted(chosen.get("accepted")),
+    }
+    return {name: sentence for name, sentence in known.items() if sentence and name in chosen}
+
+
+def _accepted(share: float | None) -> str:
+    if share == 0:
+        return "Nothing that the student learned from the suspicious network passed verification: it is the teacher."
+    return (
+        "Share that was kept of what the student learned from the suspicious network, so that small perturbations win "
+        "no class that the teacher withstands."
+    )
