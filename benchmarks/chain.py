@@ -118,21 +118,32 @@ def teacher_config(found: Any) -> Any:
     return merged(own, changes)
 
 
-def settings_of(found: Any, images: int, network: Any) -> dict[str, Any]:
+def settings_of(found: Any, images: int, network: Any, sweep: bool = False) -> dict[str, Any]:
     """What a result says of the settings, those of the teacher's fit among them."""
-    settings = _settings(found, images)
-    if needs_teacher(found["model"], network):
-        settings["teacher"] = _settings(teacher_config(found), images)
-    return settings
+    fits = {"": found} | ({"teacher": teacher_config(found)} if needs_teacher(found["model"], network) else {})
+    told = {name: _settings(lengthened(fit, images) if sweep else fit, images) for name, fit in fits.items()}
+    return told.pop("") | told
 
 
 def _settings(found: Any, images: int) -> dict[str, Any]:
     subset = found["data"]["init_args"]
     subset = subset | {"batch_size": min(subset["batch_size"], images)}  # a small set may have less than one batch
-    epochs = found["trainer"]["max_epochs"]
-    if "pseudo" in found["model"]["init_args"]:  # NBA and its teacher: a small set has few steps in an epoch
-        epochs = max(epochs, math.ceil(LEAST_STEPS / (images // subset["batch_size"])))
-    return {"epochs": epochs, **found["model"], **subset}
+    if "pseudo" in found["model"]["init_args"]:  # NBA and its teacher
+        found = lengthened(found, images)
+    return {"epochs": found["trainer"]["max_epochs"], **found["model"], **subset}
+
+
+def lengthened(found: Any, images: int) -> Any:
+    """A configuration with as many epochs as its steps need: a small set has few in an epoch.
+
+    In a sweep the rivals that take NBA's optimiser get its steps too; the others' authors say how many they want.
+    """
+    if _kind(found) not in PLAIN:
+        return found
+    steps = images // min(found["data"]["init_args"]["batch_size"], images)
+    return merged(
+        found, {"trainer": {"max_epochs": max(found["trainer"]["max_epochs"], math.ceil(LEAST_STEPS / steps))}}
+    )
 
 
 def clean(args: argparse.Namespace, found: Any, subject: Subject, sweep: bool = False) -> tuple[nn.Module, Kept]:
@@ -148,10 +159,12 @@ def clean(args: argparse.Namespace, found: Any, subject: Subject, sweep: bool = 
         NonFiniteLossError: where numbers became infinite.
     """
     one = swept if sweep else kept_fit
+    found = lengthened(found, subject.images) if sweep else found
     if not needs_teacher(found["model"], subject.network):
         result = one(args, found, subject)
     else:
-        teacher = one(args, teacher_config(found), subject)
+        asked = teacher_config(found)
+        teacher = one(args, lengthened(asked, subject.images) if sweep else asked, subject)
         _check(teacher)
         given = merged(found, {"model": {"init_args": {"teacher_weights": teacher.path}}})
         if sweep and _kind(found) == "NBA":  # as `nba-lightning clean` does: the student's rate follows the teacher's

@@ -92,7 +92,7 @@ def defend(args: argparse.Namespace, source: Source, cell: Cell) -> dict[str, An
     result |= {"passes_per_image": round(cost.passes / subject.images, 2), "peak_memory_mib": cost.peak_memory_mib}
     result |= {"clean_fraction": datamodule.clean_fraction, "clean_images": subject.images}
     result |= {"poison_rate": before["poison_rate"]} | ({"sweeps": cost.sweeps} if sweep else {})
-    result |= {"settings": settings_of(chosen, subject.images, subject.network), **provenance(args)}
+    result |= {"settings": settings_of(chosen, subject.images, subject.network, sweep), **provenance(args)}
     save_weights(network.state_dict(), args.work / "cleaned" / f"{cell.name}.safetensors")
     return result
 
@@ -115,7 +115,8 @@ def stale(args: argparse.Namespace, source: Source, cell: Cell) -> bool:
     if not done(path):
         return False
     before = json.loads(path.read_text())
-    today = settings_of(defense_config(args, source, cell), before["clean_images"], args.setting["network"])
+    found, sweep = defense_config(args, source, cell), cell.defense.endswith(SWEEP)
+    today = settings_of(found, before["clean_images"], args.setting["network"], sweep)
     return bool(before["settings"] != today)
 
 
