@@ -100,7 +100,7 @@ def test_few_images_tell_too_little_to_keep_more_than_the_teacher():
     made = Verification(search=Search(sizes=(0.1,), steps=20, images=190))
     assert made.keep(student, Net(0.0), Net(2000.0), batches(), 5, generator_for(1)) == 0.0  # 160 images in all
     assert float(student.steps.detach()) == 0.0
-    assert "Of 160 clean images nothing more can be told; 200 would do." in made.sentence
+    assert "160 clean images tell too little, 200 would do" in made.sentence
 
 
 def test_a_suspected_class_is_held_to_the_margin_and_others_to_theirs():

@@ -108,14 +108,20 @@ class Verification:
         Returns:
             r of what is kept; 0 if it is the teacher.
         """
+        seen = one_pass * len(next(batches))
+        if seen < self.least_images:
+            set_between(student, teacher.state_dict(), teacher.state_dict(), 0.0)
+            self.sentence = (
+                "Verified: nothing of the suspicious network is kept, what is left is the teacher; "
+                f"{seen} clean images tell too little, {self.least_images} would do."
+            )
+            rank_zero_info(self.sentence)
+            return 0.0
         evidence = self.search(suspicious, teacher, batches, one_pass, generator, reduce)
         start, end = teacher.state_dict(), suspicious.state_dict()
         learned = {name: value.clone() for name, value in student.state_dict().items()}
         ways = {_OVER: [(r, _place(r, start, learned, end)) for r in self.shares if r <= 1]}
-        seen = sum(map(len, evidence.images))
-        if seen < self.least_images:
-            ways = {}
-        elif bool(evidence.suspects.any()):
+        if bool(evidence.suspects.any()):
             ways = {_DIRECT: [(r, (start, end, r)) for r in self.direct]}
             ways[_OVER] = [(r, _place(r, start, learned, end)) for r in self.shares]
         least = evidence.agreement(teacher) - _LESS_AGREEMENT
@@ -131,8 +137,6 @@ class Verification:
                     break
         set_between(student, *where)
         self.rates, self.sentence = evidence.rates, _sentence(kept, chosen, evidence)
-        if not ways:
-            self.sentence += f" Of {seen} clean images nothing more can be told; {self.least_images} would do."
         rank_zero_info(self.sentence)
         return kept
 
