@@ -161,7 +161,7 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("alignment: summed over layers", "behaviors/base.py", " / len(losses)", "", "behaviors"),
     ("alignment: mean over values", "behaviors/base.py", ".square().sum(dim=1).mean()", ".square().mean()", "behaviors"),
     ("attention: sums over positions", "core/functional.py", ".pow(power).sum(dim=2)", ".pow(power).sum(dim=1)", "functional"),
-    ("gram: over samples of a position", "core/functional.py", "unit(tokens.transpose(1, 2) @ tokens)", "unit(tokens @ tokens.transpose(1, 2))", "functional"),
+    ("gram: over samples of a position", "core/functional.py", "return tokens.transpose(1, 2) @ tokens", "return tokens @ tokens.transpose(1, 2)", "functional"),
     ("similarity: rows not scaled", "core/functional.py", "unit(flat @ flat.T)", "(flat @ flat.T)", "functional"),
     ("kl: weighted by q", "core/functional.py", "log_p.exp() * (log_p - log_q)).sum", "log_q.exp() * (log_p - log_q)).sum", "functional"),
     ("js: middle not halved", "core/functional.py", "torch.logaddexp(log_p, log_q) - math.log(2.0)", "torch.logaddexp(log_p, log_q)", "functional"),

@@ -159,7 +159,9 @@ def test_start_up_prints_what_is_ours(tmp_path):
     command = [sys.executable, "-m", "nba_lightning", "fit", *PARTS, *QUICK, "--trainer.max_epochs=1"]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=100)
     assert run.stdout == ""
-    untrained, stopped, cleaned, checkpoints = run.stderr.splitlines()
+    *first, stopped, cleaned, checkpoints = run.stderr.splitlines()
+    untrained = next(line for line in first if "suspicious network" in line)
+    assert any("steps" in line for line in first)  # what the fit will cost
     assert "no better than chance" in untrained  # the network of this command has no weights
     assert stopped == "`Trainer.fit` stopped: `max_epochs=1` reached."
     assert cleaned.startswith("Cleaned weights: ")

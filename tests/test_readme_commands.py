@@ -14,7 +14,7 @@ import nba_lightning
 from nba_lightning.app import steps
 from nba_lightning.app.cli import main
 from nba_lightning.networks import SmallCNN
-from nba_lightning.training.verification import Verification
+from nba_lightning.training.evidence import Search
 from tests.app.conftest import write_images
 from tests.test_readme import README
 
@@ -33,7 +33,8 @@ SHORT = {
     "clean": "--teacher-steps 1 --student-steps 1 --device cpu --progress false --trust-classes true",
     "scan": "--device cpu --progress false --trust-classes true",
 }
-VERIFIED = [f"--model.verification.{option}" for option in ("steps=1", "images_each=1", "sizes=[0.018]")]
+VERIFIED = ["--model.verification.search=Search"]
+VERIFIED += [f"--model.verification.search.{option}" for option in ("steps=1", "images_each=1", "sizes=[0.018]")]
 OF_PARTS = {
     "attack/lc": ["--data.attack.steps=1"],
     "implant/input_aware": ["--trainer.max_epochs=3"],  # of which its mask takes two
@@ -56,8 +57,8 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """A verification that takes no time, where no parser looks at its arguments."""
-    short = partialmethod(Verification.__init__, sizes=(0.018,), steps=1, images_each=1)
-    monkeypatch.setattr(Verification, "__init__", short)
+    short = partialmethod(Search.__init__, sizes=(0.018,), steps=1, images_each=1)
+    monkeypatch.setattr(Search, "__init__", short)
 
 
 def test_the_commands_are_all_found():

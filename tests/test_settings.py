@@ -59,12 +59,12 @@ def test_a_cell_has_the_grid_s_keys_its_setting_and_its_group(run):
 
 def test_a_sweep_takes_the_strongest_rate_that_keeps_the_held_out_accuracy_and_sees_no_trigger(run):
     folder, _ = run
-    from nba_lightning.training.sweep import keeps
+    from nba_lightning.training.sweep import RATES, keeps
 
     found = cell(folder, "fine_tuning@sweep")["sweeps"]["FineTuning"]
     rates = [float(rate) for rate in found["accuracies"]]
     assert rates == sorted(rates, reverse=True)
-    assert rates[0] == pytest.approx(10 * 0.1)
+    assert rates[0] == RATES["SGD"][0]
     kept = [keeps(accuracy, found["baseline"], found["images"]) for accuracy in found["accuracies"].values()]
     assert kept == [False] * (len(kept) - 1) + [True]
     assert found["chosen"] == rates[-1]
@@ -75,7 +75,8 @@ def test_a_sweep_takes_the_strongest_rate_that_keeps_the_held_out_accuracy_and_s
 def test_the_cost_of_a_sweep_is_that_of_all_its_fits(run):
     folder, _ = run
     found = cell(folder, "fine_tuning@sweep")
-    one = (2 * 10 * 100 + 50 + 2) / found["clean_images"]  # two batches of 50 an epoch; a look and a check
+    # 450 steps are 225 epochs of two batches of 50; a look and a check.
+    one = (2 * 225 * 100 + 50 + 2) / found["clean_images"]
     assert found["passes_per_image"] == pytest.approx(one * len(found["sweeps"]["FineTuning"]["accuracies"]), rel=0.01)
 
 

@@ -33,7 +33,7 @@ from nba_lightning.networks import SmallCNN
 from nba_lightning.pseudo import TriggerFamilies
 
 _ATTACKS: dict[str, type[Attack]] = {"badnets": BadNets, "blended": Blended}
-_IMPLANT_EPOCHS, _TEACHER_EPOCHS, _STUDENT_EPOCHS, _LR = 20, 40, 40, 0.05
+_IMPLANT_EPOCHS, _TEACHER_EPOCHS, _STUDENT_EPOCHS, _LR = 20, 120, 40, 0.1
 
 
 def demo(output: str = "nba-demo", seed: int = 0, attack: Literal["badnets", "blended"] = "badnets") -> None:
@@ -59,7 +59,7 @@ def demo(output: str = "nba-demo", seed: int = 0, attack: Literal["badnets", "bl
         teacher = FineTuning(copy.deepcopy(backdoored.model), pseudo=TriggerFamilies(), lr=_LR, seed=seed)
         _fit(teacher, clean_data, _TEACHER_EPOCHS, links / "teacher", watches[1])
         console.rule("3/4  The owner aligns the network with the teacher")
-        nba = NBA(copy.deepcopy(backdoored.model), teacher=teacher, lr=_LR, seed=seed)
+        nba = NBA(copy.deepcopy(backdoored.model), teacher=teacher, lr=_LR / 3, seed=seed)
         to = CleanedWeights(str(folder / "cleaned.safetensors"))
         _fit(nba, clean_data, _STUDENT_EPOCHS, links / "student", watches[2], to)
         console.rule("4/4  Test")

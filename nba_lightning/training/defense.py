@@ -33,7 +33,7 @@ class Defense(Classifier):
     """
 
     needs_whole_network = True
-    adaptive = False
+    takes_adamw = False
     """Whether AdamW stands in for SGD where no optimiser is passed."""
 
     network_rests = False
@@ -65,11 +65,11 @@ class Defense(Classifier):
             rates: learning rate with ``SGD`` and with ``AdamW``.
         """
         kind = usual_optimizer(self.model)
-        self.lr, self.adaptive = rates[kind], kind == "AdamW"
+        self.lr, self.takes_adamw = rates[kind], kind == "AdamW"
 
     def default_optimizer(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
         """SGD; AdamW for a network of its kind, where no rate was given."""
-        if self.adaptive:
+        if self.takes_adamw:
             return AdamW(parameters, self.lr, weight_decay=self.weight_decay)
         return super().default_optimizer(parameters)
 
