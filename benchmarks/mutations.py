@@ -63,7 +63,7 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("npd: ascends", "defenses/npd.py", "leaf.detach() - self.step_size", "leaf.detach() + self.step_size", "defenses/npd"),
     ("npd: not projected", "defenses/npd.py", "within(leaf.detach() - self.step_size * gradient.sign(), self.bound)", "leaf.detach() - self.step_size * gradient.sign()", "defenses/npd"),
     ("npd: goes on when enough are led astray", "defenses/npd.py", "> 0.6", "> 1.6", "defenses/npd"),
-    ("npd: asks one process", "defenses/npd.py", "self.reduce((logits.argmax(dim=1) == targets).float().mean())", "(logits.argmax(dim=1) == targets).float().mean()", "processes[npd]"),
+    ("npd: asks one process", "defenses/npd.py", "self.reduce((logits.argmax(dim=1) == targets).float().mean())", "(logits.argmax(dim=1) == targets).float().mean()", "defenses/npd"),
     ("npd: the label may be the target", "defenses/npd.py", "logits.scatter(1, labels[:, None], -torch.inf).argmax", "logits.argmax", "defenses/npd"),
     ("npd: perturbed images by their label", "defenses/npd.py", "F.cross_entropy(led, answers)", "F.cross_entropy(led, labels)", "defenses/npd"),
     ("npd: the wrong class of the clean image", "defenses/npd.py", "likeliest_wrong(led.detach(), labels)", "targets", "defenses/npd"),

@@ -32,7 +32,7 @@ class NPD(Defense):
     over W, gamma and beta, where :math:`\hat y` is what g says of x and k* the likeliest wrong class of x + d.
 
     Source: Zhu et al., "Neural polarizer: a lightweight and effective backdoor defense via purifying poisoned
-    features", NeurIPS 2023 (arXiv 2306.16697), section 3, and the authors' code in a public benchmark
+    features", NeurIPS 2023 (arXiv 2306.16697), and the authors' code in a public benchmark
     (``defense/npd.py``), whose settings for CIFAR-10 on PreActResNet-18 these are: lambda 1, 0.4, 0.4 and 0.4, two
     signed steps of 0.1 from 0 in the norm of 3, which end where more than 60 % of the images are led astray, SGD at
     0.01 over 50 epochs in batches of 128, ``eval`` mode throughout, in front of ``layer4.1.conv1``.

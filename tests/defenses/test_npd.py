@@ -35,6 +35,7 @@ def polarised(network, polarizer):
 def npd(trainer, **kwargs):
     """With a polarizer that has learned something, and the network with it, made by hand."""
     network = lively(small())
+    network.fc.weight.data *= 30.0  # so that it does not say the same of all images
     came = copy.deepcopy(network)
     module = ready(NPD(network, **kwargs), trainer).train()
     generator = torch.Generator().manual_seed(3)
@@ -55,7 +56,7 @@ def test_npd_s_loss_and_gradients_are_the_equation(trainer):
     images, labels = batch(12)
     with torch.no_grad():
         labels[::2] = by_hand(images).argmax(dim=1)[::2]  # right on half of them
-    shift, asked = 0.2 * torch.randn_like(images), []
+    shift, asked, same = torch.randn_like(images) * torch.linspace(0.1, 3.0, 12).view(-1, 1, 1, 1), [], []
     module.craft = lambda *args: asked.append(args) or shift
     loss = module.training_step((images, labels), 1)
     loss.backward()
@@ -66,9 +67,11 @@ def test_npd_s_loss_and_gradients_are_the_equation(trainer):
         target = max(wrongs, key=lambda k: logits[i, k].item())
         other = max(wrongs, key=lambda k: led[i, k].item())
         assert int(asked[0][1][i]) == target
+        same.append(other == target)
         p = led[i].softmax(dim=0)
         for weight, k in ((0.3, other), (0.9, target)):
             terms = terms - weight * (1.0001 - p[k]).log() / 12
+    assert 0 < sum(same) < 12
     terms = terms + 1.5 * cross_entropy(logits, labels) + 0.7 * cross_entropy(led, logits.argmax(dim=1))
     torch.testing.assert_close(loss, terms, atol=1e-5, rtol=1e-4)
     kernel, norm = by_hand.plug
@@ -106,6 +109,8 @@ def test_npd_s_perturbations_go_no_further_when_enough_images_are_led_astray(tra
     steps = [float(module.craft(images, targets % 10, module.folded()).abs().max()) / 0.01 for targets in (few, many)]
     assert steps[0] > 1.5
     assert steps[1] == pytest.approx(1.0)  # the first step is always made
+    module.reduce = lambda share: share + 0.2  # other processes have more
+    assert float(module.craft(images, few % 10, module.folded()).abs().max()) / 0.01 == pytest.approx(1.0)
 
 
 def test_npd_measures_clean_images_as_they_come_and_starts_with_standardised_features(clean_digits, trainer):
