@@ -49,7 +49,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     torch.save(resnet18(num_classes=3).state_dict(), "suspicious.pth")
-    write_images(tmp_path / "clean", 20, size=16)
+    write_images(tmp_path / "clean", 8, size=16)
     monkeypatch.setattr(steps, "run_scans", lambda *args: {"classes": {}, "verdict": {}, "warnings": []})
     return tmp_path
 
