@@ -41,8 +41,8 @@ def reasons(
 
 def _accepted(share: float | None) -> str:
     if share == 0:
-        return "Nothing that the student learned from the suspicious network passed verification: it is the teacher."
+        return "Nothing of the suspicious network passed verification: what is kept is the teacher."
     return (
-        "Share that was kept of what the student learned from the suspicious network, so that small perturbations win "
-        "no class that the teacher withstands."
+        "How far from the teacher the network lies that is kept: on the way over the student (1 is the student, more is "
+        "beyond it) or straight towards the suspicious network; `verified` says which way."
     )
