@@ -43,6 +43,6 @@ def _accepted(share: float | None) -> str:
     if share == 0:
         return "Nothing of the suspicious network passed verification: what is kept is the teacher."
     return (
-        "How far from the teacher the network lies that is kept: on the way over the student (1 is the student, more is "
+        "How far from the teacher the network lies that is kept: on the way over the student (1 is it, more is "
         "beyond it) or straight towards the suspicious network; `verified` says which way."
     )
