@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from nba_lightning.core.checks import first_few
+from nba_lightning.core.checks import expected, first_few
 
 _MOST = 0.5
 """Share of a network's layers with parameters that its blocks hold."""
@@ -99,3 +100,15 @@ def _is_block(parent: nn.Module, child: nn.Module) -> bool:
 def _size(module: nn.Module) -> int:
     """Layers with parameters of their own."""
     return sum(1 for layer in module.modules() if any(True for _ in layer.parameters(recurse=False)))
+
+
+def affine_norms(model: nn.Module) -> list[str]:
+    """Names of the BatchNorm layers that have weights, whose channels stand for neurons.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.affine]
+    if not norms:
+        raise expected("model", "a network with BatchNorm layers that have weights", type(model).__name__)
+    return norms

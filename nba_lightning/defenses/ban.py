@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from nba_lightning.core.checks import check_at_least, check_range, expected
+from nba_lightning.core.checks import check_at_least, check_range
 from nba_lightning.core.features import logits_of, predict
 from nba_lightning.core.functional import GRADIENT_SCALE
+from nba_lightning.core.layers import affine_norms
 from nba_lightning.core.randomness import generator_for
 from nba_lightning.training.defense import Defense
 
@@ -66,11 +66,7 @@ class BAN(Defense):
         check_at_least("steps", steps, 1)
         check_at_least("robust", robust, 0.0)
         self.epsilon, self.steps, self.robust = epsilon, steps, robust
-        self.norms = [
-            name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.affine
-        ]
-        if not self.norms:
-            raise expected("model", "a network with BatchNorm layers that have weights", type(model).__name__)
+        self.norms = affine_norms(model)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Cross-entropy without and with the worst noise."""

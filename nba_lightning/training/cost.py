@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
+from nba_lightning.core.heads import linear_layers
 from nba_lightning.pseudo.base import PseudoSamples
 
 
@@ -79,22 +78,15 @@ def passes_of_crafting(module: Any, epochs: int, batch: int) -> int:
 
 
 def passes_of_verification(module: Any, images: int) -> int:
-    """The most passes of verifying, if one class is suspected: perturbations of each size, and each network asked."""
+    """The most passes of verifying what a module learned from the suspicious network; 0 where nothing is verified."""
     verification = getattr(module, "verification", None)
     if verification is None or getattr(module, "suspicious", None) is None:
         return 0
-    search = verification.search
-    classes = min(search.classes, number_of_classes(module))
-    looked_at, few = min(images, search.images), min(images, search.images_elsewhere)
-    crafting = len(search.sizes) * search.steps * classes * search.images_each * 5
-    asked = len(search.sizes) * 2 * few * (1 + classes)
-    of_network = few * (2 + classes) + looked_at * 3
-    networks = 2 + len(verification.shares) + len(verification.direct)
-    return int(crafting + asked + networks * (of_network + looked_at))
+    return int(verification.passes_of_images(number_of_classes(module), images))
 
 
 def number_of_classes(module: Any) -> int:
     """The data's number of classes, else that of the network's last linear layer."""
     known = getattr(getattr(module.trainer, "datamodule", None), "num_classes", None)
-    layers = [layer for layer in module.model.modules() if isinstance(layer, nn.Linear)]
+    layers = list(linear_layers(module.model).values())
     return int(known) if known is not None else layers[-1].out_features if layers else 1

@@ -56,10 +56,10 @@ class Evidence:
 
     def won(self, network: nn.Module, name: str) -> Tensor:
         """Share of the images `(N,)` that each perturbation wins from a network; of suspected classes on all images."""
-        rates = won(network, self.images[: self.few], self.classes, self.bank, self.reduce)
-        if bool(self.suspects.any()) and len(self.images) > self.few:
-            classes, bank = self.classes[self.suspects], self.bank[self.suspects]
-            rates[self.suspects] = won(network, self.images, classes, bank, self.reduce)
+        rates = torch.zeros(len(self.bank), device=self.bank.device)
+        for rows, images in ((self.suspects, self.images), (~self.suspects, self.images[: self.few])):
+            if bool(rows.any()):
+                rates[rows] = won(network, images, self.classes[rows], self.bank[rows], self.reduce)
         self.rates[name] = rates.tolist()
         return rates
 
@@ -133,7 +133,7 @@ class Search:
         self.sizes, self.steps, self.images_each, self.classes = list(sizes), steps, images_each, classes
 
     def passes(self, classes: int, images: int, networks: int) -> int:
-        """How many images go forward through a network at most; a step back counts as two.
+        """How many times an image goes forwards or backwards through a network, at most.
 
         Args:
             classes: of the network.
@@ -141,7 +141,7 @@ class Search:
             networks: that are asked beside the suspicious one and the teacher.
         """
         looked_at = min(classes, self.classes)
-        crafting = 7 * self.steps * self.images_each * looked_at  # the teacher once, then both there and back
+        crafting = 5 * self.steps * self.images_each * looked_at  # the teacher once, then both there and back
         asking = (looked_at + 2) * min(self.images_elsewhere, images)
         return len(self.sizes) * (crafting + 2 * asking) + (networks + 2) * (asking + 4 * min(self.images, images))
 

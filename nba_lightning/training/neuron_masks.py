@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nba_lightning.core.checks import expected
 from nba_lightning.core.features import logits_of
+from nba_lightning.core.layers import affine_norms
 from nba_lightning.training.defense import Defense
 
 
@@ -45,11 +45,7 @@ class NeuronMasks(Defense):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, weights, lr=lr, weight_decay=weight_decay, warmup=warmup, **kwargs)
-        self.norms = [
-            name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.affine
-        ]
-        if not self.norms:
-            raise expected("model", "a network with BatchNorm layers that have weights", type(model).__name__)
+        self.norms = affine_norms(model)
         self.masks = nn.ParameterList(torch.ones_like(self.norm(name).weight) for name in self.norms)
 
     @abstractmethod

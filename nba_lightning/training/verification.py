@@ -11,6 +11,7 @@ from nba_lightning.pseudo.base import Reduce, same
 from nba_lightning.training.evidence import Evidence, Search
 
 State = Mapping[str, Tensor]
+Place = tuple[State, State, float]  # between which weights, and how far from the first
 _OVER, _DIRECT = "over the student", "direct"
 _LESS_AGREEMENT = 0.01
 """How much less often than the teacher a network may agree with the suspicious one, for chance."""
@@ -33,8 +34,8 @@ class Verification:
     the one is kept that is right on more of the images held out, without such images the one on the direct way, and the
     teacher if there is none. Where no class is suspected, only the way to the student is gone: what cannot be seen is
     not asked for. Of fewer than ``least_images`` clean images a margin of one per cent is less than two images, and the
-    teacher is kept. BatchNorm statistics are mixed like the weights;
-    estimated anew on plain images they would not be those of the mixture with pseudo samples on which all were learned.
+    teacher is kept. BatchNorm statistics are mixed like the weights; estimated anew on plain images they would not be
+    those of the mixture with pseudo samples on which all were learned.
 
     Ours; what led to the thresholds is in ``benchmarks/METHOD.md``. Weights between a network and what was fine-tuned
     from it are as in Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022 (arXiv 2109.01903), section
@@ -79,7 +80,7 @@ class Verification:
         self.sentence = ""
 
     def passes_of_images(self, classes: int, images: int) -> int:
-        """What it costs at most, for a network of so many classes and so many clean images; see ``Search.passes``."""
+        """What it costs at most, for a network of so many classes and so many clean images; as ``Search.passes``."""
         return self.search.passes(classes, images, len(self.shares) + len(self.direct))
 
     def keep(
@@ -120,13 +121,14 @@ class Verification:
         evidence = self.search(suspicious, teacher, batches, one_pass, generator, reduce)
         start, end = teacher.state_dict(), suspicious.state_dict()
         learned = {name: value.clone() for name, value in student.state_dict().items()}
-        ways = {_OVER: [(r, _place(r, start, learned, end)) for r in self.shares if r <= 1]}
-        if bool(evidence.suspects.any()):
-            ways = {_DIRECT: [(r, (start, end, r)) for r in self.direct]}
-            ways[_OVER] = [(r, _place(r, start, learned, end)) for r in self.shares]
+        sighted = bool(evidence.suspects.any())
+        ways: dict[str, list[tuple[float, Place]]] = {
+            _DIRECT: [(r, (start, end, r)) for r in self.direct if sighted],
+            _OVER: [(r, _place(r, start, learned, end)) for r in self.shares if sighted or r <= 1],
+        }
         least = evidence.agreement(teacher) - _LESS_AGREEMENT
         kept, chosen, best = 0.0, "", -1.0
-        where: tuple[State, State, float] = (start, start, 0.0)
+        where: Place = (start, start, 0.0)
         for way, places in ways.items():
             for r, place in places:
                 set_between(student, *place)
@@ -152,7 +154,7 @@ class Verification:
         return suspected <= self.margin + 1e-6 and elsewhere <= self.margin_elsewhere + 1e-6
 
 
-def _place(r: float, teacher: State, student: State, suspicious: State) -> tuple[State, State, float]:
+def _place(r: float, teacher: State, student: State, suspicious: State) -> Place:
     """Where on the way over the student: between what, and how far."""
     return (student, suspicious, r - 1) if r > 1 else (teacher, student, r)
 
