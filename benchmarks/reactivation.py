@@ -27,7 +27,7 @@ import torch
 from common import BATCH_SIZE, HERE, cells, done, plain_parser, provenance, quiet, run_cells, test, trainer
 from implanting import SETTINGS, Setting, attack_of, images, read_setting
 from reactivation_report import NEVER, figure
-from settings import Cell, found_models, loaded, source_of
+from settings import Cell, each, found_models, loaded, source_of, within
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR
 
@@ -172,8 +172,7 @@ def run(args: argparse.Namespace, name: str) -> int:
     tasks = tasks_of(args, setting["name"])
     if not tasks:
         return 0
-    network = setting["network"]["class_path"].rpartition(".")[2]
-    here = argparse.Namespace(**vars(args) | {"setting": setting, "network": network, "source": setting["about"]})
+    here = within(args, setting)
     again = [cell.name for cell in tasks if outdated(here, cell)]
     source = source_of(json.dumps(setting["source"]))
     return run_cells(here, source, work, [(cell.name, cell) for cell in tasks], again)
@@ -204,14 +203,7 @@ def main() -> None:
     if args.figure is not None:
         figure(list(cells(args.settings_results)), list(cells(args.results)), args.figure)
         return
-    failed = 0
-    for name in args.only:
-        try:
-            failed += run(args, name)
-        except (ValueError, OSError) as error:
-            print(f"{name}: {error}", flush=True)
-            failed += 1
-    raise SystemExit(f"{failed} models or settings failed; see above and their JSON." if failed else 0)
+    each(args, run, "models")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ are; one that was killed goes on.
 import argparse
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -144,12 +145,29 @@ def source_of(spec: str) -> Source:
     return Loaded(build(Source, json.loads(spec)))
 
 
+def within(args: argparse.Namespace, setting: Any) -> argparse.Namespace:
+    """The arguments for the cells of one setting."""
+    network = setting["network"]["class_path"].rpartition(".")[2]
+    return argparse.Namespace(**vars(args) | {"setting": setting, "network": network, "source": setting["about"]})
+
+
+def each(args: argparse.Namespace, run: Callable[[argparse.Namespace, str], int], what: str) -> NoReturn:
+    """Run all settings of the command line, one that cannot be run or not, and end with what failed."""
+    failed = 0
+    for name in args.only:
+        try:
+            failed += run(args, name)
+        except (ValueError, OSError) as error:
+            print(f"{name}: {error}", flush=True)
+            failed += 1
+    raise SystemExit(f"{failed} {what} or settings failed; see above and their JSON." if failed else 0)
+
+
 def run(args: argparse.Namespace, name: str) -> int:
     """All cells of one setting; how many failed."""
     setting = read_setting(args, name)
     name = setting["name"]
-    network = setting["network"]["class_path"].rpartition(".")[2]
-    here = argparse.Namespace(**vars(args) | {"setting": setting, "network": network, "source": setting["about"]})
+    here = within(args, setting)
     suffix = SWEEP if args.rates == "sweep" else ""
     cells = [Cell(name, defense + suffix, seed) for seed in args.seeds for defense in [*args.defenses, *args.ablations]]
     source = source_of(json.dumps(setting["source"]))
@@ -175,15 +193,7 @@ def main() -> None:
     options.add_argument("--ablations", nargs="*", choices=ABLATIONS, default=[], help="changes of NBA")
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options.add_argument("--rates", choices=("authors", "sweep"), default="authors", help="whose learning rates")
-    args = options.parse_args()
-    failed = 0
-    for name in args.only:
-        try:
-            failed += run(args, name)
-        except (ValueError, OSError) as error:
-            print(f"{name}: {error}", flush=True)
-            failed += 1
-    raise SystemExit(f"{failed} cells or settings failed; see above and their JSON." if failed else 0)
+    each(options.parse_args(), run, "cells")
 
 
 if __name__ == "__main__":

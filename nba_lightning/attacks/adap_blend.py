@@ -9,7 +9,7 @@ from torch import Tensor
 from nba_lightning.attacks.adaptive import AdaptiveAttack
 from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.core.randomness import generator_for
-from nba_lightning.io.images import read_pattern
+from nba_lightning.io.images import pattern_or_noise
 
 _MASKS = 1024
 """Masks that are drawn; the attacker's images take them in turn."""
@@ -70,14 +70,10 @@ class AdapBlend(AdaptiveAttack):
         _, height, width = image_shape
         if min(height, width) < self.grid:
             raise expected("grid", f"at most the image's {min(height, width)} pixels", self.grid)
-        if self.pattern is None:
-            blend = torch.rand(image_shape, generator=generator_for(self.pattern_seed))
-        else:
-            blend = read_pattern(self.pattern, image_shape)
         pieces = self.grid**2
         drawn = torch.rand(_MASKS, pieces, generator=generator_for(self.pattern_seed, 1)).argsort(dim=1)
         kept = drawn >= round(self.mask_rate * pieces)  # of a permutation, so exactly that many are left out
-        self.register_buffer("blend", blend)
+        self.register_buffer("blend", pattern_or_noise(self.pattern, image_shape, self.pattern_seed))
         self.register_buffer("masks", kept.view(_MASKS, self.grid, self.grid))
 
     def apply_trigger(self, images: Tensor) -> Tensor:

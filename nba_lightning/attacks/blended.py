@@ -8,8 +8,7 @@ from torch import Tensor
 
 from nba_lightning.attacks.base import Attack
 from nba_lightning.core.checks import check_range, expected
-from nba_lightning.core.randomness import generator_for
-from nba_lightning.io.images import read_pattern
+from nba_lightning.io.images import pattern_or_noise
 
 
 class Blended(Attack):
@@ -51,11 +50,7 @@ class Blended(Attack):
 
     def build(self, image_shape: tuple[int, int, int]) -> None:
         """Build the pattern `(C, H, W)`."""
-        if self.pattern is None:
-            blend = torch.rand(image_shape, generator=generator_for(self.pattern_seed))
-        else:
-            blend = read_pattern(self.pattern, image_shape)
-        self.register_buffer("blend", blend)
+        self.register_buffer("blend", pattern_or_noise(self.pattern, image_shape, self.pattern_seed))
 
     def apply_trigger(self, images: Tensor) -> Tensor:
         """Mix the pattern in."""

@@ -8,10 +8,9 @@ from rich.progress import track
 from torch import Tensor
 
 from nba_lightning.attacks.base import TrainingImages
-from nba_lightning.attacks.surrogate import SurrogateAttack, input_gradient
+from nba_lightning.attacks.surrogate import SurrogateAttack, endless_batches, input_gradient
 from nba_lightning.core.checks import check_at_least, check_range
 from nba_lightning.core.features import predict
-from nba_lightning.core.randomness import shuffled
 
 _BATCH = 256
 
@@ -74,12 +73,9 @@ class Grond(SurrogateAttack):
         if self.ready:
             return
         network, delta = self.need_surrogate(device), self.delta.to(device)
-        parts, passes = list[Tensor](), 0
+        batches = endless_batches(images, training, _BATCH, self.order_seed, device)
         for _ in track(range(self.steps), "Grond: perturbation", transient=True):
-            if not parts:
-                parts = list(torch.split(training[shuffled(len(training), self.order_seed, passes)], _BATCH))
-                passes += 1
-            clean = images.read(parts.pop(0)).to(device).float() / 255
+            clean = next(batches)
             leaf = delta.detach().requires_grad_()
             with torch.enable_grad():
                 logits = predict(network, (clean + leaf).clamp(0.0, 1.0))

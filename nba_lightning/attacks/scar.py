@@ -8,10 +8,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from nba_lightning.attacks.base import TrainingImages
-from nba_lightning.attacks.surrogate import SurrogateAttack, frozen_surrogate, input_gradient
+from nba_lightning.attacks.surrogate import SurrogateAttack, endless_batches, frozen_surrogate, input_gradient
 from nba_lightning.core.checks import check_at_least, check_range
 from nba_lightning.core.features import predict
-from nba_lightning.core.randomness import generator_for, shuffled
+from nba_lightning.core.randomness import generator_for
 from nba_lightning.io.adapters import check_fit
 
 _BATCH, _LR = 256, 0.01
@@ -89,12 +89,10 @@ class SCAR(SurrogateAttack):
         networks = [self.need_surrogate(device)]
         networks += [network.to(device) for network in self._student if network is not None]
         delta = self.delta.to(device).clone().requires_grad_()
-        optimizer, parts, passes = torch.optim.Adam([delta], _LR), list[Tensor](), 0
+        optimizer = torch.optim.Adam([delta], _LR)
+        batches = endless_batches(images, training, _BATCH, self.order_seed, device)
         for _ in track(range(self.steps), "SCAR: perturbation", transient=True):
-            if not parts:
-                parts = list(torch.split(training[shuffled(len(training), self.order_seed, passes)], _BATCH))
-                passes += 1
-            clean = images.read(parts.pop(0)).to(device).float() / 255
+            clean = next(batches)
             targets = torch.full((len(clean),), self.target, device=device)
             with torch.enable_grad():
                 triggered = (clean + delta).clamp(0.0, 1.0)

@@ -1,12 +1,15 @@
 """Attacks that consult a network of their own before they start."""
 
 import copy
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nba_lightning.attacks.base import Attack
+from nba_lightning.attacks.base import Attack, TrainingImages
+from nba_lightning.core.randomness import shuffled
 from nba_lightning.io.adapters import check_fit
 from nba_lightning.io.weights import load_weights
 
@@ -82,3 +85,23 @@ def frozen_surrogate(network: nn.Module | None, weights: str | None, name: str) 
 def input_gradient(loss: Tensor, images: Tensor) -> Tensor:
     """Gradient of a scalar with respect to ``images``, float32."""
     return torch.autograd.grad(loss, images)[0].float()
+
+
+def endless_batches(
+    images: TrainingImages, training: Tensor, size: int, seed: int, device: torch.device
+) -> Iterator[Tensor]:
+    """All of the attacker's images, again and again in another order.
+
+    Args:
+        images: where they are read.
+        training: `(N,)` their indices.
+        size: images of a batch; the last one of a pass has what is left.
+        seed: of the orders.
+        device: where they are wanted.
+
+    Yields:
+        `(B, C, H, W)`, float, values in [0, 1].
+    """
+    for passes in itertools.count():
+        for part in torch.split(training[shuffled(len(training), seed, passes)], size):
+            yield images.read(part).to(device).float() / 255

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from nba_lightning.core.checks import expected
+from nba_lightning.core.randomness import generator_for
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, OverflowError, struct.error, zlib.error)
 """What Pillow's many decoders raise for files that are no whole image."""
@@ -78,6 +80,13 @@ def read_pattern(path: str, image_shape: tuple[int, int, int]) -> Tensor:
         raise expected("pattern", "an opaque image file that can be read", f"this: {error}") from error
     resized: Tensor = resize(picture, [height, width], antialias=True)
     return resized.float() / 255
+
+
+def pattern_or_noise(path: str | None, image_shape: tuple[int, int, int], seed: int) -> Tensor:
+    """A picture as :func:`read_pattern` gives it; without one, uniform noise `(C, H, W)` drawn from a seed."""
+    if path is None:
+        return torch.rand(image_shape, generator=generator_for(seed))
+    return read_pattern(path, image_shape)
 
 
 class _RefusedError(ValueError):
