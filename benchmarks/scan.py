@@ -100,7 +100,11 @@ def surrogate(data: str) -> Network:
 def source_of(args: argparse.Namespace) -> Source:
     if args.data == "digits":
         return common.Loaded(Digits())
-    folder = FashionMNIST(args.root) if args.data == "fashion_mnist" else ImageFolderSource(args.root, args.image_size)
+    folder = (
+        FashionMNIST(args.root)
+        if args.data == "fashion_mnist"
+        else ImageFolderSource(args.root, image_size=args.image_size)
+    )
     return common.Loaded(folder)
 
 
