@@ -243,10 +243,16 @@ for side in (64, 128, 224):
     }
 
 
+def possible() -> list[str]:
+    """All ratios; two processes want a GPU each."""
+    crowded = torch.cuda.is_available() and torch.cuda.device_count() < 2
+    return [name for name in RATIOS if not (crowded and name == two_processes_over_one.__name__)]
+
+
 def main() -> None:
     quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=RATIOS, default=list(RATIOS), help="these ratios")
+    parser.add_argument("--only", nargs="+", choices=RATIOS, default=possible(), help="these ratios")
     parser.add_argument("--images", type=int, default=1500, help="images of an epoch")
     parser.add_argument("--side", type=int, default=32, help="height and width of the images")
     parser.add_argument("--rounds", type=int, default=5)

@@ -520,6 +520,17 @@ def test_trojannn_drives_the_chosen_neurons():
         TrojanNN(surrogate, layer="fc", neurons=[1]).prepare((3, 16, 16), 10)
 
 
+def test_trojannn_looks_at_its_surrogate_where_that_is():
+    class Placed(SmallCNN):
+        def forward(self, images):
+            assert images.device == self.fc.weight.device, "an image on another device"
+            return super().forward(images)
+
+    attack = TrojanNN(Placed(width=4, in_channels=1).to("meta"), neurons=[0])
+    attack.build((1, 8, 8))
+    assert attack.pattern.shape == (1, 8, 8)
+
+
 @pytest.mark.parametrize("attack_class", [LC, TrojanNN])
 def test_a_missing_or_wrong_surrogate_is_named(attack_class):
     attack = attack_class()

@@ -59,3 +59,10 @@ def test_growth_is_measured_with_its_own_images_and_size(speed, args):
     images, _ = next(iter(speed.batches(argparse.Namespace(images=4, side=48), 4)))
     assert images.shape == (4, 3, 48, 48)
     assert torch.is_floating_point(images)
+
+
+@pytest.mark.parametrize(("gpus", "asked"), [(0, True), (1, False), (2, True)])
+def test_two_processes_are_not_asked_of_one_gpu(speed, gpus, asked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert speed.possible() == [name for name in speed.RATIOS if asked or name != "two_processes_over_one"]

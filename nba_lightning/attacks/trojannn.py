@@ -91,8 +91,9 @@ class TrojanNN(SurrogateAttack):
 
     def _check_neurons(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
         assert self.layer is not None
+        weight = next(network.parameters(), torch.zeros(()))
         with torch.no_grad():
-            observed = features(network, torch.zeros(1, *image_shape), [self.layer])[1][self.layer]
+            observed = features(network, weight.new_zeros(1, *image_shape), [self.layer])[1][self.layer]
         if observed.ndim != 4:
             raise expected("layer", "one with feature maps (B, C, H, W)", f"{self.layer!r} of {tuple(observed.shape)}")
         wrong = [neuron for neuron in self.neurons or () if not 0 <= neuron < observed.shape[1]]

@@ -16,7 +16,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from nba_lightning.core.checks import check_at_least, check_range
 from nba_lightning.core.features import predict
 from nba_lightning.core.metrics import IGNORE_LABEL
-from nba_lightning.core.modes import Frozen, evaluating
+from nba_lightning.core.modes import Frozen, evaluating, placed
 from nba_lightning.core.paired import Paired
 from nba_lightning.io.batches import as_batch, held_out_loader, on_device
 
@@ -239,12 +239,16 @@ _ADVICE = {
 
 
 def answers(trainer: pl.Trainer, network: nn.Module) -> Answers | None:
-    """Ask a network for the classes of all held-out images, of all processes; ``None`` where there are none."""
+    """Ask a network for the classes of all held-out images, of all processes; ``None`` where there are none.
+
+    It is asked on the Trainer's device, and goes back to where it was: a fit that has ended left it on the CPU.
+    """
     loader = held_out_loader(trainer)
     if loader is None:
         return None
     parts: list[tuple[Tensor, Tensor]] = []
-    with torch.no_grad(), evaluating(network), trainer.precision_plugin.forward_context():
+    precision = trainer.precision_plugin.forward_context()
+    with torch.no_grad(), evaluating(network), placed(network, trainer.strategy.root_device), precision:
         for given in loader:
             batch = as_batch(on_device(trainer, given), _network(trainer.lightning_module))
             if batch.labels is None:

@@ -85,6 +85,17 @@ class evaluating:  # noqa: N801
 
 
 @contextmanager
+def placed(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Context in which a network is on a device; it goes back behind it to where its first parameter was."""
+    home = next((parameter.device for parameter in network.parameters()), device)
+    network.to(device)
+    try:
+        yield
+    finally:
+        network.to(home)
+
+
+@contextmanager
 def frozen_statistics(network: nn.Module) -> Iterator[None]:
     """Context in which BatchNorm normalises by the batch, if in training, but does not learn statistics from it."""
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.training]

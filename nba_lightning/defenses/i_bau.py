@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Adam, Optimizer
 
 from nba_lightning.core.checks import check_at_least, check_range
@@ -150,7 +151,10 @@ class IBAU(Defense):
             loss = self._inner_loss(perturbation, self.inner_images, self.inner_labels)
             return perturbation - self.inner_step * torch.autograd.grad(loss, perturbation, create_graph=True)[0]
 
-        value, gradients = hypergradient(outer, inner_map, self.perturbation, parameters, self.iterations, self.reduce)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            value, gradients = hypergradient(
+                outer, inner_map, self.perturbation, parameters, self.iterations, self.reduce
+            )
         self.log("train/loss", value, prog_bar=True)
         # Its gradient is `gradients`, so precision, accumulation, clipping and processes stay the Trainer's business.
         steps = [(gradient * weight).sum() for gradient, weight in zip(gradients, parameters, strict=True)]

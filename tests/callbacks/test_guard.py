@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -204,6 +205,33 @@ def test_the_exact_test_is_the_binomial_one():
     for lost, gained in [(0, 0), (3, 0), (6, 1), (9, 9)]:
         expected = 1.0 if lost + gained == 0 else binomtest(lost, lost + gained, alternative="greater").pvalue
         assert Paired(20, lost, gained).p_value() == pytest.approx(expected)
+
+
+class Leaving(SingleDeviceStrategy):
+    """Takes the network off the GPU before `on_fit_end`, as Lightning does."""
+
+    def teardown(self):
+        super().teardown()
+        self.lightning_module.model.away = True
+
+
+class Placed(Brightest):
+    away = False
+
+    def to(self, *args, **kwargs):
+        self.away = False
+        return super().to(*args, **kwargs)
+
+    def forward(self, images):
+        assert not self.away, "the images are on the GPU, the network is not"
+        return super().forward(images)
+
+
+def test_the_student_is_asked_on_the_device_that_the_fit_has_left(trainer):
+    guard = Guard()
+    runner = trainer(callbacks=[guard], strategy=Leaving("cpu"))
+    runner.fit(FineTuning(Placed(), lr=1e-6), loader(16), loader(60))
+    assert guard.verdict == "accepted"
 
 
 def test_a_loss_within_chance_is_accepted():

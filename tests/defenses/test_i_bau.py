@@ -178,3 +178,23 @@ def test_i_bau_ascends_along_the_slope_of_all_processes(network, trainer):
     module, start = ready(IBAU(network, penalty=0.0), trainer), torch.rand(1, 1, 8, 8)
     module.reduce = torch.zeros_like
     assert torch.equal(module._ascend(start, torch.rand(4, 1, 8, 8)), start)
+
+
+class Attending(nn.Module):
+    """A network with the attention of vision transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.fc = nn.Linear(8, 24), nn.Linear(8, 10)
+
+    def forward(self, images):
+        query, key, value = self.inner(images[:, 0]).chunk(3, dim=-1)
+        return self.fc(nn.functional.scaled_dot_product_attention(query, key, value).mean(dim=1))
+
+
+def test_i_bau_differentiates_attention_twice(trainer):
+    """Its fast forms have no second derivative."""
+    module = ready(IBAU(Attending(), iterations=2), trainer).eval()
+    module.perturbation = torch.zeros(1, 1, 8, 8)
+    module.training_step(batch(), 1).backward()
+    assert all(float(parameter.grad.abs().max()) > 0 for parameter in module.model.parameters())

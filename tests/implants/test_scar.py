@@ -106,6 +106,14 @@ def test_drawing_anew_leaves_the_global_randomness_as_it_was(network):
     assert torch.equal(torch.rand(3), wanted)
 
 
+def test_drawing_anew_does_not_seed_the_gpus_whose_randomness_nothing_would_put_back(network, monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.manual_seed(4)
+    redraw(network, 0, 0)
+    assert seeded == [4]
+
+
 def test_the_teacher_s_step_asks_for_the_truth_of_itself_and_for_the_target_of_its_student(network, trainer):
     module = SCARTraining(network, inner_epochs=1, outer_batches=1, fixed_point_steps=3, inner_rate=0.1, seed=5)
     steps = []
