@@ -8,6 +8,7 @@ stopped.
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -24,12 +25,24 @@ from nba_lightning import NBA, BackdoorDataModule, Defense
 from nba_lightning.callbacks.finite_loss import NonFiniteLossError
 from nba_lightning.core.features import predict
 from nba_lightning.core.modes import evaluating
+from nba_lightning.core.randomness import generator_for, shuffled
 from nba_lightning.io.weights import load_weights, save_weights
 from nba_lightning.training.distillation import Distillation
-from nba_lightning.training.sweep import RATES, STUDENT_SHARE, allowed_loss, keeps, strongest_rate, usual_optimizer
+from nba_lightning.training.sweep import (
+    RATES,
+    STUDENT_SHARE,
+    TEACHERS_LOSS,
+    allowed_loss,
+    keeps,
+    next_rate,
+    strongest_rate,
+    usual_optimizer,
+)
 
 TEACHERS = {"NBA": "teacher", "NAD": "fine_tuning"}
 """The configuration that makes the teacher of each method."""
+MAX_LOSS = 0.05
+"""Accuracy on held-out images that a swept defence may lose, as `nba-lightning clean` has it."""
 LEAST_STEPS = 450
 """Optimiser steps of NBA and of its teacher, as `nba-lightning clean` takes them."""
 FACTORS = tuple(10 ** (half / 2) for half in (2, 1, 0, -1, -2))
@@ -162,19 +175,73 @@ def clean(args: argparse.Namespace, found: Any, subject: Subject, sweep: bool = 
     found = lengthened(found, subject.images) if sweep else found
     if not needs_teacher(found["model"], subject.network):
         result = one(args, found, subject)
+    elif sweep and _kind(found) == "NBA":
+        result = aligned(args, found, subject)
     else:
         asked = teacher_config(found)
         teacher = one(args, lengthened(asked, subject.images) if sweep else asked, subject)
-        _check(teacher)
-        given = merged(found, {"model": {"init_args": {"teacher_weights": teacher.path}}})
-        if sweep and _kind(found) == "NBA":  # as `nba-lightning clean` does: the student's rate follows the teacher's
-            rate = STUDENT_SHARE * teacher.sweeps["FineTuning"]["chosen"]
-            result = kept_fit(args, at_rate(given, rate, subject), subject)
-        else:
-            result = one(args, given, subject)
+        result = one(args, taught_by(found, teacher), subject)
         result.add(teacher)
     _check(result)
     return subject.loaded(Path(str(result.path))), result
+
+
+def taught_by(found: Any, teacher: Kept) -> Any:
+    """The configuration with a teacher."""
+    _check(teacher)
+    return merged(found, {"model": {"init_args": {"teacher_weights": teacher.path}}})
+
+
+def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
+    """NBA as ``nba-lightning clean`` fits it.
+
+    The teacher may lose more accuracy than the cleaned network, and the student's rate follows the teacher's. If what
+    comes of it lost too much, a teacher that did not takes its place.
+    """
+    asked, cost, teachers = lengthened(teacher_config(found), subject.images), Kept(None), dict[float, Kept]()
+    images = len(subject.datamodule.partition.validation)
+    baseline = held_out_accuracy(subject.loaded(subject.weights), subject.datamodule)
+    for max_loss in (TEACHERS_LOSS * MAX_LOSS, MAX_LOSS):
+        teacher = swept(args, asked, subject, max_loss, teachers)
+        _check(teacher)
+        rate = gentlest(args, found, subject, teachers, teacher)
+        if rate == cost.sweeps.get("FineTuning", {}).get("taken"):
+            break
+        given = taught_by(found, teachers[rate])
+        student = kept_fit(args, at_rate(given, STUDENT_SHARE * rate, subject), subject)
+        _check(student)
+        cost.add(teacher)
+        cost.add(student)
+        cost.path = student.path
+        accuracy = held_out_accuracy(subject.loaded(Path(str(student.path))), subject.datamodule)
+        if keeps(accuracy, baseline, images, MAX_LOSS):
+            break
+    return cost
+
+
+def gentlest(
+    args: argparse.Namespace, found: Any, subject: Subject, teachers: dict[float, Kept], strongest: Kept
+) -> float:
+    """The rate of the gentlest teacher that withstands what the strongest does; the search joins the latter's cost."""
+    told = strongest.sweeps["FineTuning"]
+    kept = [rate for rate in sorted(teachers)[::-1] if rate <= told["chosen"] and teachers[rate].path is not None]
+    module: Defense = build(Defense, merged(found["model"], {"init_args": {"model": subject.network}}))
+    assert isinstance(module, NBA)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    networks = [subject.loaded(Path(str(teachers[rate].path))).to(device) for rate in kept]
+    suspicious, data = subject.loaded(subject.weights).to(device), subject.datamodule
+    order = data.partition.clean[shuffled(subject.images, subject.seed, 31)]
+    images = data.source.load()[0].read(order).float() / 255
+    size = min(found["data"]["init_args"]["batch_size"], len(images))
+    batches = itertools.cycle([part.to(device) for part in images.split(size)])
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16-mixed"):
+        place = module.verification.gentlest(
+            networks, suspicious, batches, math.ceil(len(images) / size), generator_for(subject.seed, 8, device=device)
+        )
+    told["taken"] = kept[place]
+    if len(kept) > 1:
+        strongest.passes += module.verification.search.passes(data.num_classes, len(images), len(kept))
+    return kept[place]
 
 
 def _check(kept: Kept) -> None:
@@ -208,25 +275,39 @@ def kept_fit(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     return kept
 
 
-def swept(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
-    """The fit at the strongest rate that keeps the accuracy on held-out clean images; from the strongest rate down.
+def swept(
+    args: argparse.Namespace,
+    found: Any,
+    subject: Subject,
+    max_loss: float = MAX_LOSS,
+    fits: dict[float, Kept] | None = None,
+) -> Kept:
+    """The fit at the strongest rate that keeps the accuracy on held-out clean images but for ``max_loss``.
 
-    It looks at nothing else. Those below the first rate that keeps it are not tried, since they could not be chosen.
+    It looks at nothing else. :func:`next_rate` says what to try; what all new fits cost is added up.
+
+    Args:
+        args: what :func:`common.parser` gives.
+        found: the defence's configuration.
+        subject: the suspicious model.
+        max_loss: accuracy that may be lost, in [0, 1].
+        fits: of another sweep, by rate, whose cost is counted there; new ones are added.
     """
+    fits = {} if fits is None else fits
     images = len(subject.datamodule.partition.validation)
     baseline = held_out_accuracy(subject.loaded(subject.weights), subject.datamodule)
-    fits, accuracies, cost = dict[float, Kept](), dict[float, float](), Kept(None)
-    for rate in rates(found, subject):
-        fits[rate] = kept_fit(args, at_rate(found, rate, subject), subject)
-        cost.add(fits[rate])
+    accuracies, cost, kept = dict[float, float](), Kept(None), dict[float, bool]()
+    while (rate := next_rate(rates(found, subject), kept)) is not None:
+        if rate not in fits:
+            fits[rate] = kept_fit(args, at_rate(found, rate, subject), subject)
+            cost.add(fits[rate])
         path = fits[rate].path
         accuracies[rate] = 0.0 if path is None else held_out_accuracy(subject.loaded(Path(path)), subject.datamodule)
-        if keeps(accuracies[rate], baseline, images):
-            break
-    chosen = strongest_rate(accuracies, baseline, images)
-    told = {"chosen": chosen, "accuracies": {f"{rate:g}": round(value, 4) for rate, value in accuracies.items()}}
-    told |= {"kept": keeps(accuracies[chosen], baseline, images)}
-    told |= {"baseline": round(baseline, 4), "images": images, "allowed_loss": round(allowed_loss(baseline, images), 4)}
+        kept[rate] = keeps(accuracies[rate], baseline, images, max_loss)
+    chosen = strongest_rate(accuracies, baseline, images, max_loss)
+    told = {"chosen": chosen, "accuracies": {f"{rate:g}": round(accuracies[rate], 4) for rate in sorted(kept)[::-1]}}
+    told |= {"kept": kept[chosen], "baseline": round(baseline, 4), "images": images}
+    told |= {"allowed_loss": round(allowed_loss(baseline, images, max_loss), 4)}
     cost.path, cost.sweeps = fits[chosen].path, {_kind(found): told}
     return cost
 

@@ -59,15 +59,14 @@ def test_a_cell_has_the_grid_s_keys_its_setting_and_its_group(run):
 
 def test_a_sweep_takes_the_strongest_rate_that_keeps_the_held_out_accuracy_and_sees_no_trigger(run):
     folder, _ = run
-    from nba_lightning.training.sweep import RATES, keeps
+    from nba_lightning.training.sweep import RATES, keeps, next_rate
 
     found = cell(folder, "fine_tuning@sweep")["sweeps"]["FineTuning"]
-    rates = [float(rate) for rate in found["accuracies"]]
-    assert rates == sorted(rates, reverse=True)
-    assert rates[0] == RATES["SGD"][0]
-    kept = [keeps(accuracy, found["baseline"], found["images"]) for accuracy in found["accuracies"].values()]
-    assert kept == [False] * (len(kept) - 1) + [True]
-    assert found["chosen"] == rates[-1]
+    kept = {float(r): keeps(value, found["baseline"], found["images"]) for r, value in found["accuracies"].items()}
+    assert next_rate(RATES["SGD"], kept) is None  # all that could be the strongest were tried, and the middle one
+    assert list(kept) == sorted(kept, reverse=True)
+    assert 0.025 in kept
+    assert found["chosen"] == max(rate for rate, good in kept.items() if good)
     assert cell(folder, "nad@sweep")["sweeps"]["FineTuning"] == found  # its teacher
     assert not {"asr", "ra"} & found.keys()
 

@@ -5,7 +5,15 @@ import math
 import pytest
 from torch import nn
 
-from nba_lightning.training.sweep import RATES, USUAL_RATE, allowed_loss, keeps, strongest_rate, usual_optimizer
+from nba_lightning.training.sweep import (
+    RATES,
+    USUAL_RATE,
+    allowed_loss,
+    keeps,
+    next_rate,
+    strongest_rate,
+    usual_optimizer,
+)
 
 
 def test_the_largest_rate_that_keeps_the_accuracy_is_taken_wherever_it_stands():
@@ -71,3 +79,20 @@ def test_the_optimiser_follows_the_kind_of_the_network():
     assert [usual_optimizer(one) for one in (depthwise, plain, grouped)] == ["AdamW", "SGD", "SGD"]
     assert usual_optimizer(nn.Sequential(plain, nn.LayerNorm(4))) == "AdamW"
     assert all(USUAL_RATE[kind] in rates and list(rates) == sorted(rates)[::-1] for kind, rates in RATES.items())
+
+
+@pytest.mark.parametrize("best", [*RATES["SGD"], None])
+def test_three_fits_find_the_strongest_of_seven_rates(best):
+    kept = {}
+    while (rate := next_rate(RATES["SGD"], kept)) is not None:
+        assert rate not in kept
+        kept[rate] = best is not None and rate <= best
+    assert len(kept) == 3
+    assert max((rate for rate, good in kept.items() if good), default=None) == best
+
+
+def test_one_rate_is_tried_once():
+    assert next_rate((0.1,), {}) == 0.1
+    assert next_rate((0.1,), {0.1: True}) is None
+    assert next_rate((0.1,), {0.1: False}) is None
+    assert next_rate((0.1, 0.2), {0.1: True, 0.2: False}) is None

@@ -203,3 +203,21 @@ def test_weights_between_are_those_that_a_half_precision_pass_sees():
             set_between(network, start.state_dict(), end.state_dict(), share)
             with torch.enable_grad():
                 assert torch.equal(network(images), other(images))
+
+
+def gentlest(*backdoors, suspicious=2000.0, **kwargs):
+    made = Verification(search=Search(sizes=(0.1,), steps=20, images=300), **kwargs)
+    return made.gentlest([Net(one) for one in backdoors], Net(suspicious), batches(), 100, generator_for(1))
+
+
+def test_the_gentlest_teacher_that_withstands_what_the_strongest_withstands_is_taken():
+    assert gentlest(0.0, 1e-3, 1e-2) == 2
+    assert gentlest(0.0, 1e-3, 1000.0) == 1
+    assert gentlest(0.0, 1500.0, 1000.0) == 0
+    assert gentlest(0.0) == 0
+
+
+def test_where_nothing_tells_teachers_apart_the_strongest_is_taken():
+    assert gentlest(0.0, 0.0, suspicious=0.0) == 0  # no class is suspected
+    assert gentlest(0.0, 0.0, least_images=100 * 32 + 1) == 0
+    assert gentlest(0.0, 0.0, least_images=100 * 32) == 1

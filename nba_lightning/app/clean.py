@@ -142,11 +142,9 @@ def _chain(
     last, role, files = teacher, "teacher", {"cleaned": teacher["file"]}
     curves = list(teacher["curve"])
     if teacher["verdict"] != "rejected":
-        last, role = run.align(run.with_weights(teacher["file"]), teacher["chosen"]["rate"], student_steps), "student"
-        files = {"teacher": teacher["file"], "cleaned": last["file"]}
-        curves += last["curve"]
-        last = run.judge_fitted(last)
-        files["cleaned"] = last["file"]
+        teacher, last = _aligned(run, teacher, teacher_steps, student_steps)
+        role, files = "student", {"teacher": teacher["file"], "cleaned": last["file"]}
+        curves = [*teacher["curve"], *last["curve"]]
     if scan:
         scans["after"] = run.scan("after", run.with_weights(last["file"]))
     if last["verdict"] == "unknown":
@@ -173,6 +171,19 @@ def _chain(
 
     report: dict[str, Any] = run.chain.step("report", work)
     return report
+
+
+def _aligned(
+    run: Cleaning, teacher: dict[str, Any], teacher_steps: int, student_steps: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The student and its teacher; a gentler one where the student of the first lost too much."""
+    last = run.align(run.with_weights(teacher["file"]), teacher["chosen"]["rate"], student_steps)
+    if last["verdict"] == "rejected" and len(run.data.held_out):
+        gentler = run.teach(teacher_steps, gentle=True)
+        if gentler["chosen"]["rate"] < teacher["chosen"]["rate"] and gentler["verdict"] != "rejected":
+            teacher = gentler
+            last = run.align(run.with_weights(teacher["file"]), teacher["chosen"]["rate"], student_steps)
+    return teacher, run.judge_fitted(last)
 
 
 def _identity(network: nn.Module, data: CleanImages) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import copy
 import math
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -14,19 +13,21 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from nba_lightning.app.chain import Chain, say
 from nba_lightning.app.pictures import save_pictures
-from nba_lightning.callbacks import CleanedWeights, Guard, History, NonFiniteLossError
+from nba_lightning.callbacks import CleanedWeights, Guard, History
 from nba_lightning.data.owner import CleanImages
-from nba_lightning.defenses import NBA, FineTuning
+from nba_lightning.defenses import NBA
 from nba_lightning.io.checkpoints import SafeCheckpointIO
-from nba_lightning.pseudo import TriggerFamilies
 from nba_lightning.training import Defense
-from nba_lightning.training.sweep import RATES, STUDENT_SHARE, USUAL_RATE, keeps, strongest_rate, usual_optimizer
+from nba_lightning.training.sweep import (
+    STUDENT_SHARE,
+    TEACHERS_LOSS,
+    usual_optimizer,
+)
 from nba_lightning.training.verification import Verification
 
 TEACHER_STEPS, STUDENT_STEPS = 450, 450
@@ -135,7 +136,8 @@ class Link:
         """
         for old in to.parent.glob("rejected*.safetensors"):
             old.unlink(missing_ok=True)  # of a rate that was too strong, or of this fit before it was interrupted
-        guard, history, weights = Guard(self.max_loss), History(), CleanedWeights(str(to))
+        guard = Guard(self.max_loss, teacher_max_loss=min(1.0, TEACHERS_LOSS * self.max_loss))
+        history, weights = History(), CleanedWeights(str(to))
         every = max(1, self.epochs // _CURVE)
         saver = ModelCheckpoint(
             self.folder, save_last=True, save_top_k=0, train_time_interval=_SAVE_EVERY, enable_version_counter=False
@@ -181,67 +183,11 @@ class Link:
         }
 
 
-def fit_teacher(
-    network: nn.Module, link: Callable[[str], Link], chain: Chain, held_out: bool, seed: int, show: bool
-) -> tuple[dict[str, Any], list[str]]:
-    """Fine-tune copies of the network on synthetic triggers too, with the strongest rate that clean accuracy allows.
-
-    Rates are tried from the strongest down; see :mod:`nba_lightning.training.sweep`. Without held-out images nothing
-    tells them apart, and the usual one is taken.
-
-    Returns:
-        What came of the chosen fit, whose weights are in ``teacher.safetensors`` (or ``rejected.safetensors``), and a
-        sentence for each rate that was not taken.
-    """
-    tried: dict[float, dict[str, Any]] = {}
-    measured: dict[float, float] = {}
-    before, images = 0.0, 0
-    kind = usual_optimizer(network)
-    for rate in RATES[kind] if held_out else (USUAL_RATE[kind],):
-        one = link(f"teacher {rate:g}")
-        tried[rate] = chain.step(one.name, partial(_try, network, one, rate, seed, show))
-        measured[rate], figures = 0.0, tried[rate]["accuracies"]
-        if "student" in figures:  # not where the loss became infinite
-            before, images = figures["suspicious"]["value"], figures["suspicious"]["images"]
-            measured[rate] = figures["student"]["value"]
-            if keeps(measured[rate], before, images, one.max_loss):
-                break
-    chosen = strongest_rate(measured, before, images, one.max_loss) if images else next(iter(tried))
-    found = tried[chosen]
-    if found["file"] is None:
-        raise NonFiniteLossError(found["sentence"])
-    name = "rejected.safetensors" if found["verdict"] == "rejected" else "teacher.safetensors"
-    chain.step("teacher", lambda: _take(chain.folder / "fits" / found["file"], chain.folder / name))
-    told = []
-    for rate in [rate for rate in tried if rate != chosen]:
-        why = f"it was right on {measured[rate]:.1%} of the held-out images"
-        why = why if tried[rate]["file"] else "the loss became infinite"
-        told.append(f"A teacher fine-tuned at rate {rate:g} was not taken: {why}.")
-    return {**found, "file": name}, told
-
-
-def _try(network: nn.Module, link: Link, rate: float, seed: int, show: bool) -> dict[str, Any]:
-    """A teacher of one rate; weights stay in the link's folder."""
-    say(f"  fine-tuning at rate {rate:g}: {link.cost()}", show)
-    module = FineTuning(copy.deepcopy(network), pseudo=TriggerFamilies(), seed=seed, **_optimizer(network, rate))
-    try:
-        found = link.fit(module, link.folder / "teacher.safetensors")
-    except NonFiniteLossError as error:
-        nothing: dict[str, Any] = {"curve": [], "chosen": {"rate": rate, "steps": 0}, "file": None, "accuracies": {}}
-        return {"verdict": "rejected", "sentence": str(error), **nothing}
-    return {**found, "file": f"{link.folder.name}/{found['file']}"}
-
-
-def _optimizer(network: nn.Module, rate: float) -> dict[str, Any]:
+def optimizer_for(network: nn.Module, rate: float) -> dict[str, Any]:
     """A defence's arguments for the network's usual optimiser at a rate."""
     if usual_optimizer(network) == "SGD":
         return {"lr": rate}
     return {"optimizer": partial(torch.optim.AdamW, lr=rate), "warmup": 0.05}
-
-
-@rank_zero_only
-def _take(source: Path, to: Path) -> None:
-    shutil.copyfile(source, to)
 
 
 def fit_student(
@@ -250,7 +196,7 @@ def fit_student(
     """Align a copy of the network with the teacher at a share of its rate; keep pictures of what it was aligned on."""
 
     def work() -> dict[str, Any]:
-        module = NBA(copy.deepcopy(network), teacher=teacher, seed=seed, **_optimizer(network, STUDENT_SHARE * rate))
+        module = NBA(copy.deepcopy(network), teacher=teacher, seed=seed, **optimizer_for(network, STUDENT_SHARE * rate))
         verifying = module.verification.passes_of_images(link.data.num_classes, len(link.data.training))
         say(f"  {link.cost()}; to verify it at most {verifying:,} passes of an image", show)
         found = link.fit(module, chain.folder / "cleaned.safetensors")

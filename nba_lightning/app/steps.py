@@ -14,12 +14,14 @@ from torch import nn
 from nba_lightning import __version__
 from nba_lightning.app.answers import accuracy_entry, ask, check_order
 from nba_lightning.app.chain import Chain, copy_file, remove_file, say
-from nba_lightning.app.fits import Link, Places, fit_student, fit_teacher
+from nba_lightning.app.fits import Link, Places, fit_student
 from nba_lightning.app.scans import run_scans, scan_cost
+from nba_lightning.app.teachers import fit_teacher
 from nba_lightning.callbacks.guard import Answers
 from nba_lightning.core.paired import Paired
 from nba_lightning.data.owner import CleanImages
 from nba_lightning.io.weights import load_weights
+from nba_lightning.training.sweep import TEACHERS_LOSS
 
 _NEXT = "Give more clean images, or allow a larger `max_loss`; or try another seed. The teacher is kept beside it."
 
@@ -90,19 +92,30 @@ class Cleaning:
         self.warnings += [one for one in found["warnings"] if one not in self.warnings]
         return {name: value for name, value in found.items() if name != "warnings"}
 
-    def teach(self, steps: int) -> dict[str, Any]:
-        """Make the teacher; ``tried`` says which rates were not taken, and why."""
-        say("4/6  The teacher: a copy of the network, fine-tuned on the clean images", self.show)
-        held_out = len(self.data.held_out) > 0
+    def teach(self, steps: int, gentle: bool = False) -> dict[str, Any]:
+        """Make the teacher; ``tried`` says which rates were not taken, and why.
+
+        It may lose more accuracy than the cleaned network, since the student learns a part of it back; a gentle one may
+        not.
+        """
+        what = "A gentler teacher" if gentle else "The teacher: a copy of the network, fine-tuned on the clean images"
+        say(f"4/6  {what}", self.show)
+        may_lose = min(1.0, TEACHERS_LOSS * self.max_loss)
         found, tried = fit_teacher(
-            self.network, lambda name: self._link(name, steps), self.chain, held_out, self.seed, self.show
+            self.network,
+            lambda name: self._link(name, steps, may_lose),
+            self.chain,
+            self.max_loss if gentle else may_lose,
+            len(self.data.held_out) > 0,
+            self.seed,
+            self.show,
         )
         return {**found, "tried": tried}
 
     def align(self, teacher: nn.Module, rate: float, steps: int) -> dict[str, Any]:
-        """Align the student with the teacher, at the teacher's rate."""
+        """Align the student with the teacher, at a share of the teacher's rate."""
         say("5/6  The student: the network, aligned with the teacher", self.show)
-        link = self._link("student", steps)
+        link = self._link(f"student of {rate:g}", steps, self.max_loss)
         found = fit_student(self.network, teacher, rate, link, self.chain, self.seed, self.show)
         self.warnings += found["warnings"]
         return found
@@ -133,9 +146,9 @@ class Cleaning:
             remove_file(self.chain.folder / "cleaned.safetensors")
         return {**last, **found}
 
-    def _link(self, name: str, steps: int) -> Link:
+    def _link(self, name: str, steps: int, max_loss: float) -> Link:
         folder = self.chain.folder / "fits" / name.replace(" ", "-")
-        return Link(name, folder, self.places, self.data, steps, self.max_loss, self.seed, self.show)
+        return Link(name, folder, self.places, self.data, steps, max_loss, self.seed, self.show)
 
     def with_weights(self, file: str) -> nn.Module:
         """A copy of the network with the weights of a file in the output folder."""

@@ -71,7 +71,8 @@ class Guard(Callback):
     The teacher (if the module has one) is judged before the first step, and a rejected one ends the fit by
     :class:`RejectedError`. The student is judged when the fit has ended; a rejected one is written as
     ``rejected.safetensors`` by :class:`~nba_lightning.callbacks.CleanedWeights`, never as cleaned. Rejected is what
-    lost more than ``max_loss`` *and* more than twice the standard error of the paired difference
+    lost more than ``max_loss`` (the teacher: ``teacher_max_loss``) *and* more than twice the standard error of the
+    paired difference
 
     .. math:: \hat d = \frac{b - c}{n}, \qquad SE = \frac{1}{n} \sqrt{b + c - \frac{(b - c)^2}{n}}
 
@@ -87,6 +88,7 @@ class Guard(Callback):
         every_n_epochs: judge the student every so many epochs too, and stop the fit where it is rejected; 0 judges it
             at the end only. A high learning rate costs accuracy that comes back as it falls.
         min_images: held-out images below which a small loss cannot be told from none.
+        teacher_max_loss: what the teacher may have lost, in [0, 1]; ``None`` for ``max_loss``.
 
     Attributes:
         verdict: on the student, after the fit; ``None`` before it.
@@ -97,11 +99,20 @@ class Guard(Callback):
         ValueError: for an argument out of its range.
     """
 
-    def __init__(self, max_loss: float = 0.05, every_n_epochs: int = 0, min_images: int = 40) -> None:
+    def __init__(
+        self,
+        max_loss: float = 0.05,
+        every_n_epochs: int = 0,
+        min_images: int = 40,
+        teacher_max_loss: float | None = None,
+    ) -> None:
         check_range("max_loss", max_loss, 0.0, 1.0)
+        if teacher_max_loss is not None:
+            check_range("teacher_max_loss", teacher_max_loss, 0.0, 1.0)
         check_at_least("every_n_epochs", every_n_epochs, 0)
         check_at_least("min_images", min_images, 1)
         self.max_loss, self.every_n_epochs, self.min_images = max_loss, every_n_epochs, min_images
+        self.teacher_max_loss = max_loss if teacher_max_loss is None else teacher_max_loss
         self._restored = self._concluded = False
         self._came: nn.Module | None = None
         self._reset()
@@ -195,7 +206,10 @@ class Guard(Callback):
 
     def _judge(self, role: str, after: Answers | None) -> tuple[Verdict, str]:
         """The verdict on a network, and why."""
-        before, limit = self._before, f"`max_loss` ({_points(self.max_loss)})"
+        name, allowed = (
+            ("max_loss", self.max_loss) if role != "teacher" else ("teacher_max_loss", self.teacher_max_loss)
+        )
+        before, limit = self._before, f"`{name}` ({_points(allowed)})"
         if after is None:
             return "unknown", (
                 f"No images were held out, so the guard cannot know what the {role} lost. Hold some out, or look at "
@@ -210,7 +224,7 @@ class Guard(Callback):
         pair = Paired.of(before.right, after.right)
         was = f"{now}, the suspicious network on {int(before.right.sum())}"
         few = pair.images < self.min_images
-        if pair.loss > self.max_loss and pair.beyond_chance(exact=few):
+        if pair.loss > allowed and pair.beyond_chance(exact=few):
             return "rejected", (
                 f"Rejected: {was}; that is a loss of {_points(pair.loss)} (standard error "
                 f"{100 * pair.standard_error:.1f}), more than {limit}. {_ADVICE[role]}"
@@ -227,7 +241,7 @@ class Guard(Callback):
             return "accepted", f"Accepted: {was}; nothing was lost (95 %: {100 * low:.1f} to {_points(high)})."
         if pair.loss < 0:
             return "accepted", f"Accepted: {was}; that is a gain of {_points(-pair.loss)} {error}."
-        within = f"within {limit}" if pair.loss <= self.max_loss else f"more than {limit}, but may be chance"
+        within = f"within {limit}" if pair.loss <= allowed else f"more than {limit}, but may be chance"
         return "accepted", f"Accepted: {was}; the loss of {_points(pair.loss)} {error} is {within}."
 
 

@@ -91,7 +91,7 @@ class NBA(Distillation):
         mixing: how images are mixed; CutMix by default.
         verification: how what was learned from the suspicious network is verified.
         regenerate_every_n_epochs: see :class:`~nba_lightning.callbacks.PseudoSampleRegeneration`.
-        lr: initial learning rate; a third of the teacher's does well. ``None`` fits the network: SGD at 0.02, or AdamW
+        lr: initial learning rate; a third of the teacher's does well. ``None`` fits the network: SGD at 0.017, or AdamW
             at 0.0003 for one with layer normalisation or depthwise convolutions.
         **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
 

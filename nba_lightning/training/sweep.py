@@ -1,17 +1,19 @@
 """The strongest learning rate that clean accuracy allows: fits a defence to a network, blind to any trigger."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from torch import nn
 
 from nba_lightning.core.checks import check_at_least, check_range, expected
 
-RATES = {"SGD": (0.2, 0.06, 0.02, 0.006, 0.002), "AdamW": (3e-3, 1e-3, 3e-4, 1e-4)}
+RATES = {"SGD": (0.2, 0.1, 0.05, 0.025, 0.012, 0.006, 0.003), "AdamW": (3e-3, 1e-3, 3e-4, 1e-4)}
 """Learning rates to try with each optimiser, the strongest first."""
-USUAL_RATE = {"SGD": 0.06, "AdamW": 1e-3}
+USUAL_RATE = {"SGD": 0.05, "AdamW": 1e-3}
 """A teacher's, where nothing was measured."""
+TEACHERS_LOSS = 1.75
+"""What NBA's teacher may lose, in units of what the cleaned network may: the student learns a part of it back."""
 STUDENT_SHARE = 1 / 3
 """NBA's rate as a share of its teacher's: the teacher forgets at a high rate, the student learns at a lower one."""
 
@@ -62,6 +64,31 @@ def keeps(accuracy: float, baseline: float, images: int, max_loss: float = 0.05)
     """Whether a network that reached ``accuracy`` on the held-out images lost no more than :func:`allowed_loss`."""
     check_range("accuracy", accuracy, 0.0, 1.0)
     return accuracy >= baseline - allowed_loss(baseline, images, max_loss) - 1e-9
+
+
+def next_rate(rates: Iterable[float], kept: Mapping[float, bool]) -> float | None:
+    """Which rate of a sweep to try next: the middle one of those that may still be the strongest that can be afforded.
+
+    A rate weaker than one that kept the accuracy is not looked for, and one stronger than one that lost it would lose
+    it too. So three fits find the strongest of seven rates.
+
+    Args:
+        rates: all of the sweep.
+        kept: of those that were tried, whether the network kept its accuracy.
+
+    Returns:
+        The rate, or ``None`` if nothing is left to try.
+
+    Example:
+        >>> next_rate(RATES["SGD"], {})
+        0.025
+        >>> next_rate(RATES["SGD"], {0.025: True, 0.1: False})
+        0.05
+    """
+    weakest_lost = min((rate for rate, good in kept.items() if not good), default=math.inf)
+    strongest_kept = max((rate for rate, good in kept.items() if good), default=0.0)
+    left = sorted((rate for rate in rates if strongest_kept < rate < weakest_lost), reverse=True)
+    return left[len(left) // 2] if left else None
 
 
 def strongest_rate(accuracies: Mapping[float, float], baseline: float, images: int, max_loss: float = 0.05) -> float:

@@ -142,6 +142,37 @@ class Verification:
         rank_zero_info(self.sentence)
         return kept
 
+    def gentlest(
+        self,
+        teachers: Sequence[nn.Module],
+        suspicious: nn.Module,
+        batches: Iterator[Tensor],
+        one_pass: int,
+        generator: torch.Generator | None = None,
+    ) -> int:
+        """Which of several teachers to take: the gentlest that withstands what the strongest withstands.
+
+        A strong teacher forgets more of the backdoor, and of all else. Where no class is suspected, or of too few
+        images, nothing tells teachers apart, and the strongest is taken.
+
+        Args:
+            teachers: at least one, of the suspicious network's architecture, from the strongest to the gentlest.
+            suspicious: the suspicious network.
+            batches: endless clean images `(B, C, H, W)` in [0, 1].
+            one_pass: after how many batches they come again.
+            generator: source of randomness.
+
+        Returns:
+            Its place in ``teachers``.
+        """
+        if len(teachers) == 1 or one_pass * len(next(batches)) < self.least_images:
+            return 0
+        evidence = self.search(suspicious, teachers[0], batches, one_pass, generator)
+        if not bool(evidence.suspects.any()):
+            return 0
+        gentler = range(len(teachers) - 1, 0, -1)
+        return next((place for place in gentler if self.passes(teachers[place], evidence, f"teacher {place}")), 0)
+
     def passes(self, network: nn.Module, evidence: Evidence, name: str) -> bool:
         """Whether a network withstands what the teacher withstands, but for the margins.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nba_lightning.app import clean, fits, steps
+from nba_lightning.app import clean, fits, steps, teachers
 from nba_lightning.app.cli import main
 from nba_lightning.data.owner import CleanImages
 from tests.app.test_clean import COMMAND, CtrlC
@@ -14,8 +14,8 @@ INTERRUPTED = {
     "reading the images": (CleanImages, "setup"),
     "asking for the order of classes": (steps, "ask"),
     "the first scan": (steps, "run_scans"),
-    "a teacher": (fits, "FineTuning"),
-    "taking the teacher": (fits, "_take"),
+    "a teacher": (teachers, "FineTuning"),
+    "taking the teacher": (teachers, "_take"),
     "the student": (fits, "NBA"),
     "pictures": (fits, "save_pictures"),
     "the second scan": (steps, "run_scans"),

@@ -114,6 +114,23 @@ def test_a_wreck_is_rejected_with_few_images_too(trainer):
     assert guard.verdict == "rejected"
 
 
+def test_a_teacher_may_lose_what_is_said_of_it(trainer):
+    teacher = Brightest()
+    with torch.no_grad():
+        teacher.fc.weight.copy_(teacher.fc.weight.roll(1, 0))
+    guard = Guard(teacher_max_loss=1.0)
+    fit(trainer, guard, loader(48), loader(60), module=NAD(Brightest(), teacher=teacher, betas=[1.0], lr=0.01))
+    assert guard.accuracies["teacher"].value == 0.0
+    with pytest.raises(RejectedError, match=r"more than `teacher_max_loss` \(99.0 points\)"):
+        fit(
+            trainer,
+            Guard(teacher_max_loss=0.99),
+            loader(48),
+            loader(60),
+            module=NAD(Brightest(), teacher=teacher, betas=[1.0]),
+        )
+
+
 def test_a_ruined_teacher_ends_the_fit_before_its_first_step(trainer, tmp_path):
     teacher = Brightest()
     with torch.no_grad():

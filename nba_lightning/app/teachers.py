@@ -1,0 +1,107 @@
+"""The teacher of the chain: which of several rates it is fine-tuned with."""
+
+import copy
+import shutil
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+
+from nba_lightning.app.chain import Chain, say
+from nba_lightning.app.fits import Link, optimizer_for
+from nba_lightning.callbacks import NonFiniteLossError
+from nba_lightning.core.randomness import generator_for, shuffled
+from nba_lightning.defenses import FineTuning
+from nba_lightning.io.weights import load_weights
+from nba_lightning.pseudo import TriggerFamilies
+from nba_lightning.training.sweep import RATES, USUAL_RATE, keeps, next_rate, strongest_rate, usual_optimizer
+from nba_lightning.training.verification import Verification
+
+
+def fit_teacher(
+    network: nn.Module,
+    link: Callable[[str], Link],
+    chain: Chain,
+    max_loss: float,
+    held_out: bool,
+    seed: int,
+    show: bool,
+) -> tuple[dict[str, Any], list[str]]:
+    """Fine-tune copies of the network on synthetic triggers too, as strongly as accuracy allows and removal needs.
+
+    Which rates are tried says :mod:`nba_lightning.training.sweep`; of those that may be taken the gentlest that
+    withstands what the strongest withstands is. Without held-out images nothing tells them apart, and the usual one is
+    taken.
+
+    Returns:
+        What came of the chosen fit, whose weights are in ``teacher.safetensors`` (or ``rejected.safetensors``), and a
+        sentence for each rate that was not taken.
+    """
+    tried, measured, kept = dict[float, dict[str, Any]](), dict[float, float](), dict[float, bool]()
+    before, images = 0.0, 0
+    kind = usual_optimizer(network)
+    rates = RATES[kind] if held_out else (USUAL_RATE[kind],)
+    while (rate := next_rate(rates, kept)) is not None:
+        one = link(f"teacher {rate:g}")
+        tried[rate] = chain.step(one.name, partial(_try, network, one, rate, seed, show))
+        measured[rate], figures = 0.0, tried[rate]["accuracies"]
+        if "student" in figures:  # not where the loss became infinite
+            before, images = figures["suspicious"]["value"], figures["suspicious"]["images"]
+            measured[rate] = figures["student"]["value"]
+        kept[rate] = bool(images) and keeps(measured[rate], before, images, max_loss)
+    strongest = strongest_rate(measured, before, images, max_loss) if images else next(iter(tried))
+    if tried[strongest]["file"] is None:
+        raise NonFiniteLossError(tried[strongest]["sentence"])
+    able = {rate: tried[rate]["file"] for rate in sorted(kept)[::-1] if rate <= strongest and tried[rate]["file"]}
+    chosen = chain.step(f"gentlest of {strongest:g}", partial(_gentlest, network, able, one, chain, seed, show))
+    found = tried[chosen]
+    name = "rejected.safetensors" if found["verdict"] == "rejected" else "teacher.safetensors"
+    chain.step(f"take {chosen:g}", lambda: _take(chain.folder / "fits" / found["file"], chain.folder / name))
+    told = []
+    for rate in sorted(tried.keys() - {chosen}, reverse=True):
+        why = f"it was right on {measured[rate]:.1%} of the held-out images"
+        why = why if tried[rate]["file"] else "the loss became infinite"
+        why += ", and the gentler one withstands what it withstands" if kept[rate] and rate > chosen else ""
+        why += ", but nothing shows that it withstands what a stronger one does" if rate < chosen else ""
+        told.append(f"A teacher fine-tuned at rate {rate:g} was not taken: {why}.")
+    return {**found, "file": name}, told
+
+
+def _gentlest(network: nn.Module, files: dict[float, str], link: Link, chain: Chain, seed: int, show: bool) -> float:
+    """The rate of the gentlest teacher that withstands what the strongest one, the first, withstands."""
+    device = link.places.device()
+    rates, verification = list(files), Verification()
+    passes = verification.search.passes(link.data.num_classes, len(link.data.training), len(rates))
+    if len(rates) > 1:
+        say(f"  does a gentler teacher withstand as much? At most {passes:,} passes of an image", show)
+    teachers = []
+    for file in files.values():
+        teachers.append(copy.deepcopy(network).to(device))
+        load_weights(teachers[-1], chain.folder / "fits" / file)
+    seen = link.data.training[shuffled(len(link.data.training), seed, 31)][: verification.search.images]
+    parts = torch.split(link.data.images_at(seen).images.to(device), link.batch)
+    batches = (part.float() / 255 for part in cycle(parts))
+    came = copy.deepcopy(network).to(device)
+    return rates[verification.gentlest(teachers, came, batches, len(parts), generator_for(seed, 8, device=device))]
+
+
+def _try(network: nn.Module, link: Link, rate: float, seed: int, show: bool) -> dict[str, Any]:
+    """A teacher of one rate; weights stay in the link's folder."""
+    say(f"  fine-tuning at rate {rate:g}: {link.cost()}", show)
+    module = FineTuning(copy.deepcopy(network), pseudo=TriggerFamilies(), seed=seed, **optimizer_for(network, rate))
+    try:
+        found = link.fit(module, link.folder / "teacher.safetensors")
+    except NonFiniteLossError as error:
+        nothing: dict[str, Any] = {"curve": [], "chosen": {"rate": rate, "steps": 0}, "file": None, "accuracies": {}}
+        return {"verdict": "rejected", "sentence": str(error), **nothing}
+    return {**found, "file": f"{link.folder.name}/{found['file']}"}
+
+
+@rank_zero_only
+def _take(source: Path, to: Path) -> None:
+    shutil.copyfile(source, to)
