@@ -34,6 +34,7 @@ from nba_lightning.training.sweep import (
     TEACHERS_LOSS,
     allowed_loss,
     keeps,
+    most_accurate,
     next_rate,
     strongest_rate,
     usual_optimizer,
@@ -204,7 +205,7 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     for max_loss in (TEACHERS_LOSS * MAX_LOSS, MAX_LOSS):
         teacher = swept(args, asked, subject, max_loss, teachers)
         _check(teacher)
-        rate = gentlest(args, found, subject, teachers, teacher)
+        rate = taken(args, found, subject, teachers, teacher)
         if rate == cost.sweeps.get("FineTuning", {}).get("taken"):
             break
         given = taught_by(found, teachers[rate])
@@ -219,10 +220,10 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     return cost
 
 
-def gentlest(
+def taken(
     args: argparse.Namespace, found: Any, subject: Subject, teachers: dict[float, Kept], strongest: Kept
 ) -> float:
-    """The rate of the gentlest teacher that withstands what the strongest does; the search joins the latter's cost."""
+    """The rate of the most accurate teacher that withstands what the strongest does; the search joins its cost."""
     told = strongest.sweeps["FineTuning"]
     kept = [rate for rate in sorted(teachers)[::-1] if rate <= told["chosen"] and teachers[rate].path is not None]
     module: Defense = build(Defense, merged(found["model"], {"init_args": {"model": subject.network}}))
@@ -235,13 +236,16 @@ def gentlest(
     size = min(found["data"]["init_args"]["batch_size"], len(images))
     batches = itertools.cycle([part.to(device) for part in images.split(size)])
     with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16-mixed"):
-        place = module.verification.gentlest(
+        places = module.verification.withstanding(
             networks, suspicious, batches, math.ceil(len(images) / size), generator_for(subject.seed, 8, device=device)
         )
-    told["taken"] = kept[place]
     if len(kept) > 1:
         strongest.passes += module.verification.search.passes(data.num_classes, len(images), len(kept))
-    return kept[place]
+    told["withstand"] = [kept[place] for place in places]
+    told["taken"] = most_accurate(
+        {rate: held_out_accuracy(networks[kept.index(rate)], data) for rate in told["withstand"]}
+    )
+    return float(told["taken"])
 
 
 def _check(kept: Kept) -> None:

@@ -205,19 +205,19 @@ def test_weights_between_are_those_that_a_half_precision_pass_sees():
                 assert torch.equal(network(images), other(images))
 
 
-def gentlest(*backdoors, suspicious=2000.0, **kwargs):
+def withstanding(*backdoors, suspicious=2000.0, **kwargs):
     made = Verification(search=Search(sizes=(0.1,), steps=20, images=300), **kwargs)
-    return made.gentlest([Net(one) for one in backdoors], Net(suspicious), batches(), 100, generator_for(1))
+    return made.withstanding([Net(one) for one in backdoors], Net(suspicious), batches(), 100, generator_for(1))
 
 
-def test_the_gentlest_teacher_that_withstands_what_the_strongest_withstands_is_taken():
-    assert gentlest(0.0, 1e-3, 1e-2) == 2
-    assert gentlest(0.0, 1e-3, 1000.0) == 1
-    assert gentlest(0.0, 1500.0, 1000.0) == 0
-    assert gentlest(0.0) == 0
+def test_teachers_that_withstand_what_the_strongest_withstands_may_take_its_place():
+    assert withstanding(0.0, 1e-3, 1e-2) == [0, 1, 2]
+    assert withstanding(0.0, 1000.0, 1e-3) == [0, 2]
+    assert withstanding(0.0, 1500.0, 1000.0) == [0]
+    assert withstanding(0.0) == [0]
 
 
-def test_where_nothing_tells_teachers_apart_the_strongest_is_taken():
-    assert gentlest(0.0, 0.0, suspicious=0.0) == 0  # no class is suspected
-    assert gentlest(0.0, 0.0, least_images=100 * 32 + 1) == 0
-    assert gentlest(0.0, 0.0, least_images=100 * 32) == 1
+def test_where_nothing_tells_teachers_apart_only_the_strongest_is_safe():
+    assert withstanding(0.0, 0.0, suspicious=0.0) == [0]  # no class is suspected
+    assert withstanding(0.0, 0.0, least_images=100 * 32 + 1) == [0]
+    assert withstanding(0.0, 0.0, least_images=100 * 32) == [0, 1]

@@ -19,7 +19,15 @@ from nba_lightning.core.randomness import generator_for, shuffled
 from nba_lightning.defenses import FineTuning
 from nba_lightning.io.weights import load_weights
 from nba_lightning.pseudo import TriggerFamilies
-from nba_lightning.training.sweep import RATES, USUAL_RATE, keeps, next_rate, strongest_rate, usual_optimizer
+from nba_lightning.training.sweep import (
+    RATES,
+    USUAL_RATE,
+    keeps,
+    most_accurate,
+    next_rate,
+    strongest_rate,
+    usual_optimizer,
+)
 from nba_lightning.training.verification import Verification
 
 
@@ -34,9 +42,9 @@ def fit_teacher(
 ) -> tuple[dict[str, Any], list[str]]:
     """Fine-tune copies of the network on synthetic triggers too, as strongly as accuracy allows and removal needs.
 
-    Which rates are tried says :mod:`nba_lightning.training.sweep`; of those that may be taken the gentlest that
-    withstands what the strongest withstands is. Without held-out images nothing tells them apart, and the usual one is
-    taken.
+    Which rates are tried says :mod:`nba_lightning.training.sweep`; of those that may be taken and withstand what the
+    strongest withstands the most accurate one is. Without held-out images nothing tells them apart, and the usual one
+    is taken.
 
     Returns:
         What came of the chosen fit, whose weights are in ``teacher.safetensors`` (or ``rejected.safetensors``), and a
@@ -58,7 +66,8 @@ def fit_teacher(
     if tried[strongest]["file"] is None:
         raise NonFiniteLossError(tried[strongest]["sentence"])
     able = {rate: tried[rate]["file"] for rate in sorted(kept)[::-1] if rate <= strongest and tried[rate]["file"]}
-    chosen = chain.step(f"gentlest of {strongest:g}", partial(_gentlest, network, able, one, chain, seed, show))
+    equal = chain.step(f"equal to {strongest:g}", partial(_withstanding, network, able, one, chain, seed, show))
+    chosen = most_accurate({rate: measured[rate] for rate in equal})
     found = tried[chosen]
     name = "rejected.safetensors" if found["verdict"] == "rejected" else "teacher.safetensors"
     chain.step(f"take {chosen:g}", lambda: _take(chain.folder / "fits" / found["file"], chain.folder / name))
@@ -66,19 +75,21 @@ def fit_teacher(
     for rate in sorted(tried.keys() - {chosen}, reverse=True):
         why = f"it was right on {measured[rate]:.1%} of the held-out images"
         why = why if tried[rate]["file"] else "the loss became infinite"
-        why += ", and the gentler one withstands what it withstands" if kept[rate] and rate > chosen else ""
-        why += ", but nothing shows that it withstands what a stronger one does" if rate < chosen else ""
+        if rate in able and rate not in equal:
+            why += ", but nothing shows that it withstands what a stronger one does"
         told.append(f"A teacher fine-tuned at rate {rate:g} was not taken: {why}.")
     return {**found, "file": name}, told
 
 
-def _gentlest(network: nn.Module, files: dict[float, str], link: Link, chain: Chain, seed: int, show: bool) -> float:
-    """The rate of the gentlest teacher that withstands what the strongest one, the first, withstands."""
+def _withstanding(
+    network: nn.Module, files: dict[float, str], link: Link, chain: Chain, seed: int, show: bool
+) -> list[float]:
+    """The rates of the teachers that withstand what the strongest one, the first, withstands."""
     device = link.places.device()
     rates, verification = list(files), Verification()
     passes = verification.search.passes(link.data.num_classes, len(link.data.training), len(rates))
     if len(rates) > 1:
-        say(f"  does a gentler teacher withstand as much? At most {passes:,} passes of an image", show)
+        say(f"  do gentler teachers withstand as much? At most {passes:,} passes of an image", show)
     teachers = []
     for file in files.values():
         teachers.append(copy.deepcopy(network).to(device))
@@ -87,7 +98,8 @@ def _gentlest(network: nn.Module, files: dict[float, str], link: Link, chain: Ch
     parts = torch.split(link.data.images_at(seen).images.to(device), link.batch)
     batches = (part.float() / 255 for part in cycle(parts))
     came = copy.deepcopy(network).to(device)
-    return rates[verification.gentlest(teachers, came, batches, len(parts), generator_for(seed, 8, device=device))]
+    generator = generator_for(seed, 8, device=device)
+    return [rates[place] for place in verification.withstanding(teachers, came, batches, len(parts), generator)]
 
 
 def _try(network: nn.Module, link: Link, rate: float, seed: int, show: bool) -> dict[str, Any]:

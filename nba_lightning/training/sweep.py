@@ -117,4 +117,17 @@ def strongest_rate(accuracies: Mapping[float, float], baseline: float, images: i
     if not accuracies:
         raise expected("accuracies", "of at least one rate", "none")
     kept = [rate for rate, accuracy in accuracies.items() if keeps(accuracy, baseline, images, max_loss)]
-    return max(kept) if kept else max(accuracies, key=lambda rate: (accuracies[rate], -rate))
+    return max(kept) if kept else most_accurate(accuracies)
+
+
+def most_accurate(accuracies: Mapping[float, float]) -> float:
+    """Of rates whose networks do equally well otherwise the one of the highest accuracy, of equal ones the smallest.
+
+    Args:
+        accuracies: of networks on the held-out images, in [0, 1], by learning rate; at least one.
+
+    Example:
+        >>> most_accurate({0.1: 0.78, 0.05: 0.81, 0.025: 0.81})
+        0.025
+    """
+    return max(accuracies, key=lambda rate: (accuracies[rate], -rate))

@@ -142,36 +142,36 @@ class Verification:
         rank_zero_info(self.sentence)
         return kept
 
-    def gentlest(
+    def withstanding(
         self,
         teachers: Sequence[nn.Module],
         suspicious: nn.Module,
         batches: Iterator[Tensor],
         one_pass: int,
         generator: torch.Generator | None = None,
-    ) -> int:
-        """Which of several teachers to take: the gentlest that withstands what the strongest withstands.
+    ) -> list[int]:
+        """Which of several teachers withstand what the strongest withstands, and so may take its place.
 
         A strong teacher forgets more of the backdoor, and of all else. Where no class is suspected, or of too few
-        images, nothing tells teachers apart, and the strongest is taken.
+        images, nothing tells teachers apart, and only the strongest is safe.
 
         Args:
-            teachers: at least one, of the suspicious network's architecture, from the strongest to the gentlest.
+            teachers: at least one, of the suspicious network's architecture, the strongest first.
             suspicious: the suspicious network.
             batches: endless clean images `(B, C, H, W)` in [0, 1].
             one_pass: after how many batches they come again.
             generator: source of randomness.
 
         Returns:
-            Its place in ``teachers``.
+            Their places in ``teachers``, 0 among them.
         """
         if len(teachers) == 1 or one_pass * len(next(batches)) < self.least_images:
-            return 0
+            return [0]
         evidence = self.search(suspicious, teachers[0], batches, one_pass, generator)
         if not bool(evidence.suspects.any()):
-            return 0
-        gentler = range(len(teachers) - 1, 0, -1)
-        return next((place for place in gentler if self.passes(teachers[place], evidence, f"teacher {place}")), 0)
+            return [0]
+        others = enumerate(teachers[1:], start=1)
+        return [0, *(place for place, one in others if self.passes(one, evidence, f"teacher {place}"))]
 
     def passes(self, network: nn.Module, evidence: Evidence, name: str) -> bool:
         """Whether a network withstands what the teacher withstands, but for the margins.
