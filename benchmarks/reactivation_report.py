@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 NEVER = "never_poisoned"
+_ACROSS = 5
 Cell = Mapping[str, Any]
 
 
@@ -36,10 +37,15 @@ def figure(before: Sequence[Cell], after: Sequence[Cell], path: Path) -> None:
     if not settings:
         raise SystemExit("No such cell; run benchmarks/reactivation.py first.")
     names = sorted({defense for _, defense in new} - {NEVER})
-    drawing = Figure(figsize=(2.4 * len(settings) + 1.5, 0.4 * len(names) + 1.8), layout="constrained")
-    for axes, setting in zip(drawing.subplots(1, len(settings), squeeze=False, sharey=True)[0], settings, strict=True):
+    across = min(len(settings), _ACROSS)
+    down = -(-len(settings) // across)
+    drawing = Figure(figsize=(2.4 * across + 1.5, down * (0.3 * len(names) + 1.4)), layout="constrained")
+    places = drawing.subplots(down, across, squeeze=False, sharey=True).flatten()
+    for axes in places[len(settings) :]:
+        axes.set_axis_off()
+    for axes, setting in zip(places, settings, strict=False):
         for row, name in enumerate(names):
-            _arrow(axes, row, old.get((setting, name), []), new.get((setting, name), []), name == "nba")
+            _arrow(axes, row, old.get((setting, name), []), new.get((setting, name), []), name.startswith("nba"))
         if anew := new.get((setting, NEVER)):
             axes.axvline(statistics.mean(anew), color="#555555", lw=1, ls=":", label="never poisoned")
         axes.set_title(setting)

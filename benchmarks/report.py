@@ -193,6 +193,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--results", type=Path, help="folder of the cells; by default in benchmarks/results")
     options.add_argument("--settings", action="store_true", help="the cells of settings.py, by setting")
+    options.add_argument("--network", nargs="+", help="with --settings: these classes of networks, as PreActResNet18")
     options.add_argument("--attack-results", type=Path, default=HERE / "results" / "attacks")
     options.add_argument("--only", nargs="+", help="these defences; by default those of configs/defense")
     options.add_argument("--compact", action="store_true", help="one small table instead, attacks as columns")
@@ -200,7 +201,7 @@ def main() -> None:
     args = options.parse_args()
     args.results = args.results or HERE / "results" / ("settings" if args.settings else "defenses")
     if args.settings:
-        print(settings_report.report(args.results, args.only))
+        print(settings_report.report(args.results, args.only, args.network))
         return
     wanted = args.only or DEFENSES
     found = groups(cell for cell in cells(args.results) if cell["defense"] in wanted)

@@ -77,7 +77,7 @@ def aims(before: Cell, group: Sequence[Cell]) -> list[float]:
     return [*bounds, mean["ra"], mean["der"]]
 
 
-def averages(found: Found) -> list[str]:
+def averages(found: Found, after: Awake) -> list[str]:
     """Defences over the settings of a group that all of the shown ones have met, the worst setting in brackets."""
     names = sorted({name for defenses in found.values() for name in defenses} - {"none"})
     known = {setting: defenses for setting, defenses in found.items() if values(defenses.get("none", ()), "acc")}
@@ -92,8 +92,8 @@ def averages(found: Found) -> list[str]:
         f"Means over {len(shared)} settings ({', '.join(shared)}); the worst one in brackets."
         + (f" Left out, since settings are missing: {', '.join(left)}." if left else ""),
         "",
-        "| defence | n | ACC lost | ASR above the floor | RA below the ceiling | RA | DER |",
-        "|---|---|---|---|---|---|---|",
+        "| defence | n | ACC lost | ASR above the floor | RA below the ceiling | RA | DER | re-activated ASR |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     table = {n: list(zip(*(aims(found[s]["none"][0], found[s][n]) for s in shared), strict=True)) for n in shown}
     picks = [min, min, min, max, max]
@@ -105,22 +105,28 @@ def averages(found: Found) -> list[str]:
             mean = f"{statistics.mean(column):.1f}"
             mean = f"**{mean}**" if round(statistics.mean(column), 1) == best[index] else mean
             columns.append(f"{mean} ({worst[index](column):.1f})")
+        woken = [statistics.mean(numbers) for setting in shared if (numbers := after.get((setting, name), ()))]
+        columns.append(f"{statistics.mean(woken):.1f} of {len(woken)}" if woken else "")
         seeds = min(len(values(found[setting][name], "der")) for setting in shared)
         lines.append(f"| {name} | {seeds} | " + " | ".join(columns) + " |")
     return lines
 
 
-def report(results: Path, only: Sequence[str] | None = None) -> str:
+def report(results: Path, only: Sequence[str] | None = None, networks: Sequence[str] | None = None) -> str:
     """The whole table, the groups apart.
 
     Args:
         results: folder of the cells.
         only: defences to show; ``None`` for all.
+        networks: classes of networks to show; ``None`` for all.
 
     The cells of ``reactivation.py`` are looked for beside the folder.
     """
     after = awake(cells(results.parent / "reactivation"))
     chosen = [cell for cell in cells(results) if only is None or cell["defense"] in (*only, "none")]
+    if networks is not None:
+        of_network = {cell["setting"] for cell in chosen if cell.get("network") in networks}
+        chosen = [cell for cell in chosen if cell["setting"] in of_network]
     parts: list[str] = []
     for group, title in GROUPS.items():
         # A failed cell does not say its group, its setting's undefended one does.
@@ -130,7 +136,7 @@ def report(results: Path, only: Sequence[str] | None = None) -> str:
             continue
         head = "| setting | defence | n | ACC | ASR | RA | DER | re-activated ASR | passes per image |"
         lines = [line for setting, defenses in sorted(found.items()) for line in rows(setting, defenses, after)]
-        parts += [f"**{title}.**", "\n".join(averages(found)), "\n".join([head, "|---" * 9 + "|", *lines])]
+        parts += [f"**{title}.**", "\n".join(averages(found, after)), "\n".join([head, "|---" * 9 + "|", *lines])]
     if not parts:
         raise SystemExit(f"No such cell in {results}; run benchmarks/settings.py first.")
     return "\n\n".join(parts)
