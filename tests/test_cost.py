@@ -1,10 +1,28 @@
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from jsonargparse import ArgumentParser
 
-from nba_lightning import ANP, D3, FST, FTSAM, IBAU, NAD, NBA, RNP, SAU, BackdoorDataModule, FinePruning, FineTuning
+from nba_lightning import (
+    ANP,
+    D3,
+    FST,
+    FTSAM,
+    IBAU,
+    NAD,
+    NBA,
+    RNP,
+    SAU,
+    BackdoorDataModule,
+    Defense,
+    FinePruning,
+    FineTuning,
+)
+from nba_lightning.core.modes import Frozen
 from nba_lightning.pseudo import (
     ClassPerturbations,
     SamplePerturbations,
@@ -15,6 +33,8 @@ from nba_lightning.pseudo import (
 from nba_lightning.training.cost import Cost, cost_of
 from tests.helpers import drifted, small
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+SMALL = {"class_path": "nba_lightning.networks.SmallCNN", "init_args": {"num_classes": 10, "width": 4}}
 DEFENSES = [ANP, D3, FST, FTSAM, IBAU, NAD, NBA, RNP, SAU, FinePruning, FineTuning]
 
 
@@ -112,3 +132,23 @@ def test_a_fit_or_a_loader_without_an_end_has_no_cost(steps, batches):
     loader = SimpleNamespace(batch_size=16)
     trainer = {"estimated_stepping_batches": steps, "num_training_batches": batches, "train_dataloader": loader}
     assert cost_of(SimpleNamespace(trainer=SimpleNamespace(**trainer))) is None
+
+
+@pytest.mark.parametrize(("name", "passes"), [("nba", 195), ("nba_fast", 99)])
+def test_the_presets_cost_what_they_say(name, passes):
+    """With their teacher, passes of each of 2,250 images of ten classes."""
+    found = {part: yaml.safe_load((CONFIGS / "defense" / f"{part}.yaml").read_text()) for part in (name, "teacher")}
+    total = 0
+    for config in found.values():
+        given = config["model"] | {"init_args": config["model"]["init_args"] | {"model": SMALL}}
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--part", type=Defense)
+        module = parser.instantiate_classes(parser.parse_object({"part": given})).part
+        epochs, size = config["trainer"]["max_epochs"], config["data"]["init_args"]["batch_size"]
+        trainer = {"estimated_stepping_batches": 45 * epochs, "num_training_batches": 45, "max_epochs": epochs}
+        trainer |= {"accumulate_grad_batches": 1, "world_size": 1, "datamodule": SimpleNamespace(num_classes=10)}
+        if config is found[name]:
+            module.teacher = Frozen(small())
+        module._trainer = SimpleNamespace(train_dataloader=SimpleNamespace(batch_size=size), **trainer)
+        total += cost_of(module).passes / 2250
+    assert total == pytest.approx(passes, abs=3)
