@@ -172,6 +172,7 @@ class Run:
 
     def __init__(self, gentle, held_out=60):
         self.gentle, self.data, self.students = gentle, SimpleNamespace(held_out=range(held_out)), []
+        self.warnings = []
 
     def with_weights(self, file):
         return file
@@ -200,6 +201,10 @@ def test_a_gentler_teacher_takes_over_where_the_student_lost_too_much(run, stude
     first = {"file": "teacher", "chosen": {"rate": 0.1}, "verdict": "accepted"}
     teacher, last = _aligned(run, first, 10, 10)
     assert (run.students, last["verdict"], teacher["chosen"]["rate"]) == (students, verdict, students[-1])
+    said = ["What came of the teacher at rate 0.1 lost more clean accuracy than `max_loss` allows"] * (
+        len(students) - 1
+    )
+    assert [warning[: len(said[0])] for warning in run.warnings] == said
 
 
 class CtrlC(Callback):
