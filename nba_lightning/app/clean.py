@@ -183,9 +183,9 @@ def _aligned(
         if gentler["chosen"]["rate"] < teacher["chosen"]["rate"] and gentler["verdict"] != "rejected":
             before, now = (one["chosen"]["rate"] for one in (teacher, gentler))
             run.warnings.append(
-                f"What came of the teacher at rate {before:g} lost more clean accuracy than `max_loss` allows, so one at "
-                f"rate {now:g} took its place. Nothing shows that it has forgotten as much, so more of a backdoor may be "
-                "left. A larger `max_loss` keeps the stronger one."
+                f"What came of the teacher at rate {before:g} lost more clean accuracy than `max_loss` allows, so one "
+                f"at rate {now:g} took its place. Nothing shows that it has forgotten as much, so more of a backdoor "
+                "may be left. A larger `max_loss` keeps the stronger one."
             )
             teacher = gentler
             last = run.align(run.with_weights(teacher["file"]), teacher["chosen"]["rate"], student_steps)

@@ -71,25 +71,33 @@ def fit_teacher(
     found = tried[chosen]
     name = "rejected.safetensors" if found["verdict"] == "rejected" else "teacher.safetensors"
     chain.step(f"take {chosen:g}", lambda: _take(chain.folder / "fits" / found["file"], chain.folder / name))
+    kept_back = {rate for rate in able if rate not in equal}
+    return {**found, "file": name}, _reasons(chosen, tried, measured, kept_back)
+
+
+def _reasons(
+    chosen: float, tried: dict[float, dict[str, Any]], measured: dict[float, float], kept_back: set[float]
+) -> list[str]:
+    """Why each rate but the chosen one was not taken, the strongest first."""
     told = []
     for rate in sorted(tried.keys() - {chosen}, reverse=True):
         why = f"it was right on {measured[rate]:.1%} of the held-out images"
         why = why if tried[rate]["file"] else "the loss became infinite"
-        if rate in able and rate not in equal:
+        if rate in kept_back:
             why += ", but nothing shows that it withstands what a stronger one does"
         told.append(f"A teacher fine-tuned at rate {rate:g} was not taken: {why}.")
-    return {**found, "file": name}, told
+    return told
 
 
 def _withstanding(
     network: nn.Module, files: dict[float, str], link: Link, chain: Chain, seed: int, show: bool
 ) -> list[float]:
     """The rates of the teachers that withstand what the strongest one, the first, withstands."""
-    device = link.places.device()
-    rates, verification = list(files), Verification()
+    rates, verification, device = list(files), Verification(), link.places.device()
+    if len(rates) == 1:
+        return rates
     passes = verification.search.passes(link.data.num_classes, len(link.data.training), len(rates))
-    if len(rates) > 1:
-        say(f"  do gentler teachers withstand as much? At most {passes:,} passes of an image", show)
+    say(f"  do gentler teachers withstand as much? At most {passes:,} passes of an image", show)
     teachers = []
     for file in files.values():
         teachers.append(copy.deepcopy(network).to(device))
