@@ -123,7 +123,7 @@ def test_a_suspected_class_is_held_to_the_margin_and_others_to_theirs():
     assert [made.passes(Net(0.0), evidence, str(k)) for k in (1, 2, 3)] == [True, False, False]
 
 
-def test_of_two_ways_the_one_that_is_right_more_often_is_kept():
+def test_of_two_ways_and_the_teacher_the_one_that_is_right_more_often_is_kept():
     # Nothing of the backdoor is left at 1e-6 of it.
     def kept(judge):
         teacher, student, suspicious = Net(0.0), Net(0.0), Net(2000.0)
@@ -136,6 +136,10 @@ def test_of_two_ways_the_one_that_is_right_more_often_is_kept():
     assert kept(lambda network: float(network.steps.detach())) == (1.0, 4.0, False)
     assert kept(lambda network: -float(network.steps.detach())) == (1e-6, 0.0, True)
     assert kept(None) == (1e-6, 0.0, True)  # nothing tells them apart
+    assert kept(lambda network: 0.8) == (1e-6, 0.0, True)
+    # The teacher, which is neither: it has no backdoor at all and made no steps.
+    only = lambda network: float(network.backdoor.detach() == 0 and network.steps.detach() == 0)  # noqa: E731
+    assert kept(only) == (0.0, 0.0, False)
 
 
 def test_of_the_sizes_the_one_counts_at_which_a_class_is_furthest_ahead():

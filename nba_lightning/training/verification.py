@@ -32,7 +32,7 @@ class Verification:
     ``margin_elsewhere`` of the images or half of its gap. It must also agree with the suspicious network on clean
     images as often as the teacher does: weights that are far apart may have nothing but ruins between them. Of the two
     the one is kept that is right on more of the images held out, without such images the one on the direct way, and the
-    teacher if there is none. Where no class is suspected, only the way to the student is gone: what cannot be seen is
+    teacher if there is none or if it is right on more than both. Where no class is suspected, only the way to the student is gone: what cannot be seen is
     not asked for. Of fewer than ``least_images`` clean images a margin of one per cent is less than two images, and the
     teacher is kept. BatchNorm statistics are mixed like the weights; estimated anew on plain images they would not be
     those of the mixture with pseudo samples on which all were learned.
@@ -127,14 +127,14 @@ class Verification:
             _OVER: [(r, _place(r, start, learned, end)) for r in self.shares if sighted or r <= 1],
         }
         least = evidence.agreement(teacher) - _LESS_AGREEMENT
-        kept, chosen, best = 0.0, "", -1.0
+        kept, chosen, best = 0.0, "", -1.0 if judge is None else judge(teacher)
         where: Place = (start, start, 0.0)
         for way, places in ways.items():
             for r, place in places:
                 set_between(student, *place)
                 if evidence.agreement(student) >= least and self.passes(student, evidence, f"{way} {r:g}"):
                     right = judge(student) if judge is not None else 0.0
-                    if right > best:
+                    if right > best or (right == best and not chosen):
                         kept, chosen, best, where = r, way, right, place
                     break
         set_between(student, *where)
