@@ -31,11 +31,11 @@ class Verification:
     from the teacher, but for ``margin`` of the gap between teacher and :math:`S_0`, and no other class more than
     ``margin_elsewhere`` of the images or half of its gap. It must also agree with the suspicious network on clean
     images as often as the teacher does: weights that are far apart may have nothing but ruins between them. Of the two
-    the one is kept that is right on more of the images held out, without such images the one on the direct way, and the
-    teacher if there is none or if it is right on more than both. Where no class is suspected, only the way to the student is gone: what cannot be seen is
-    not asked for. Of fewer than ``least_images`` clean images a margin of one per cent is less than two images, and the
-    teacher is kept. BatchNorm statistics are mixed like the weights; estimated anew on plain images they would not be
-    those of the mixture with pseudo samples on which all were learned.
+    the one is kept that is right on more of the images held out, without such images the one on the direct way; the
+    teacher if there is none, or if it is right on more than both. Where no class is suspected, only the way to the
+    student is gone: what cannot be seen is not asked for. Of fewer than ``least_images`` clean images a margin of one
+    per cent is less than two images, and the teacher is kept. BatchNorm statistics are mixed like the weights;
+    estimated anew on plain images they would not be those of the mixture with pseudo samples on which all were learned.
 
     Ours; what led to the thresholds is in ``benchmarks/METHOD.md``. Weights between a network and what was fine-tuned
     from it are as in Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022 (arXiv 2109.01903), section
