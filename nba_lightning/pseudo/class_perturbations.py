@@ -12,6 +12,9 @@ from nba_lightning.core.functional import GRADIENT_SCALE
 from nba_lightning.core.modes import evaluating
 from nba_lightning.pseudo.base import KLDisagreement, PseudoSamples, Reduce, project, repeated, same
 
+_AT_ONCE = 64
+"""Images that go through the networks at once, about; all at once they would need more memory than training does."""
+
 
 class ClassPerturbations(PseudoSamples):
     r"""Universal perturbations d, one for each class k and each size.
@@ -75,9 +78,9 @@ class ClassPerturbations(PseudoSamples):
             bank = self.bank.to(images.device)
             for step in range(self.steps):
                 images = images if step == 0 else next(endless)
-                owner = torch.arange(len(wanted), device=images.device).repeat_interleave(self.images_each)
-                chosen = torch.randint(len(images), owner.shape, generator=generator, device=images.device)
-                gradients = reduce(self._towards(student, teacher, images[chosen], bank, owner, wanted[owner]))
+                size = (len(wanted) * self.images_each,)
+                chosen = torch.randint(len(images), size, generator=generator, device=images.device)
+                gradients = reduce(self._towards(student, teacher, images, chosen, bank, wanted))
                 bank = _bounded(bank - 2.5 / self.steps * bounds * _unit_rms(gradients), bounds)
         self.bank = bank
 
@@ -87,15 +90,26 @@ class ClassPerturbations(PseudoSamples):
         return 5 * self.steps * len(self.sizes) * classes * self.images_each + 1
 
     def _towards(
-        self, student: nn.Module, teacher: nn.Module, images: Tensor, bank: Tensor, owner: Tensor, wanted: Tensor
+        self, student: nn.Module, teacher: nn.Module, images: Tensor, chosen: Tensor, bank: Tensor, wanted: Tensor
     ) -> Tensor:
-        """Gradients of what is minimised, `(N, C, H, W)`."""
+        """Gradients of what is minimised, `(N, C, H, W)`; ``chosen`` names ``images_each`` images of each in turn."""
+        some = max(1, _AT_ONCE // self.images_each)
+        parts = (
+            self._gradients(student, teacher, images[own], bank[start : start + some], wanted[start : start + some])
+            for start, own in zip(range(0, len(bank), some), torch.split(chosen, some * self.images_each), strict=True)
+        )
+        return torch.cat(list(parts))
+
+    def _gradients(
+        self, student: nn.Module, teacher: nn.Module, images: Tensor, bank: Tensor, wanted: Tensor
+    ) -> Tensor:
+        owner = torch.arange(len(bank), device=images.device).repeat_interleave(self.images_each)
         with torch.no_grad():
             said = predict(teacher, images).argmax(dim=1)
         with torch.enable_grad():
             leaf = bank.detach().requires_grad_()
             inputs = (images + leaf[owner]).clamp(0.0, 1.0).to(images.dtype)
-            falls = F.cross_entropy(predict(student, inputs).float(), wanted, reduction="sum")
+            falls = F.cross_entropy(predict(student, inputs).float(), wanted[owner], reduction="sum")
             stays = F.cross_entropy(predict(teacher, inputs).float(), said, reduction="sum")
             return torch.autograd.grad(GRADIENT_SCALE * (falls + stays), leaf)[0].float()
 

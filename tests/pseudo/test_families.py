@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 from nba_lightning.core.randomness import generator_for
-from nba_lightning.pseudo import ClassPerturbations, Together, TriggerFamilies, UniversalPerturbations
+from nba_lightning.pseudo import (
+    ClassPerturbations,
+    Together,
+    TriggerFamilies,
+    UniversalPerturbations,
+    class_perturbations,
+)
 from nba_lightning.pseudo import families as module
 from nba_lightning.pseudo.families import (
     BlendImage,
@@ -152,6 +158,27 @@ def test_class_perturbations_make_the_student_fall_and_leave_the_teacher():
     again = ClassPerturbations((0.02, 0.1))
     again.load_state_dict(made.state_dict())
     assert torch.equal(again.bank, made.bank)
+
+
+def test_perturbations_are_crafted_a_few_at_a_time_and_alike(monkeypatch):
+    torch.manual_seed(0)
+    images, sizes = torch.rand(16, 3, 8, 8), []
+    student, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(192, 5)) for _ in range(2))
+    student.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+
+    def bank(at_once):
+        monkeypatch.setattr(class_perturbations, "_AT_ONCE", at_once)
+        made = ClassPerturbations((0.02, 0.1), steps=3, images_each=7)
+        sizes.clear()
+        made.regenerate(student, teacher, [images], generator_for(0))
+        return made.bank
+
+    whole = bank(1000)
+    assert max(sizes) == 70
+    torch.testing.assert_close(bank(21), whole)
+    assert max(sizes) == 21
+    torch.testing.assert_close(bank(1), whole)  # no less than one perturbation
+    assert max(sizes) == 7
 
 
 def test_together_shares_a_batch_out():
