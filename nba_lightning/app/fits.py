@@ -23,11 +23,7 @@ from nba_lightning.data.owner import CleanImages
 from nba_lightning.defenses import NBA
 from nba_lightning.io.checkpoints import SafeCheckpointIO
 from nba_lightning.training import Defense
-from nba_lightning.training.sweep import (
-    STUDENT_SHARE,
-    TEACHERS_LOSS,
-    usual_optimizer,
-)
+from nba_lightning.training.sweep import STUDENT_SHARE, teachers_loss, usual_optimizer
 from nba_lightning.training.verification import Verification
 
 TEACHER_STEPS, STUDENT_STEPS = 450, 450
@@ -136,7 +132,7 @@ class Link:
         """
         for old in to.parent.glob("rejected*.safetensors"):
             old.unlink(missing_ok=True)  # of a rate that was too strong, or of this fit before it was interrupted
-        guard = Guard(self.max_loss, teacher_max_loss=min(1.0, TEACHERS_LOSS * self.max_loss))
+        guard = Guard(self.max_loss, teacher_max_loss=teachers_loss(self.max_loss), advise=False)
         history, weights = History(), CleanedWeights(str(to))
         every = max(1, self.epochs // _CURVE)
         saver = ModelCheckpoint(
