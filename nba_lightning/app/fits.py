@@ -29,6 +29,7 @@ from nba_lightning.training.verification import Verification
 TEACHER_STEPS, STUDENT_STEPS = 450, 450
 _LEAST_EPOCHS = 5
 _SAVE_EVERY = timedelta(minutes=1)
+_UNVERIFIED = "so few verify nothing, so that the teacher will be kept"
 _CURVE = 20
 """Points of a fit's curve, about."""
 
@@ -194,7 +195,8 @@ def fit_student(
     def work() -> dict[str, Any]:
         module = NBA(copy.deepcopy(network), teacher=teacher, seed=seed, **optimizer_for(network, STUDENT_SHARE * rate))
         verifying = module.verification.passes_of_images(link.data.num_classes, len(link.data.training))
-        say(f"  {link.cost()}; to verify it at most {verifying:,} passes of an image", show)
+        verified = f"to verify it at most {verifying:,} passes of an image" if verifying else _UNVERIFIED
+        say(f"  {link.cost()}; {verified}", show)
         found = link.fit(module, chain.folder / "cleaned.safetensors")
         return {**found, "warnings": save_pictures(chain.folder / "report", module, network, link.data)}
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from nba_lightning.app.chain import Chain, say
+from nba_lightning.app.chain import Chain, remove_file, say
 from nba_lightning.app.fits import Link, optimizer_for
 from nba_lightning.callbacks import NonFiniteLossError
 from nba_lightning.core.randomness import generator_for, shuffled
@@ -63,6 +63,10 @@ def fit_teacher(
             measured[rate] = figures["student"]["value"]
         good = tried[rate]["verdict"] != "rejected"  # a small loss of many images may be beyond chance
         kept[rate] = bool(images) and good and keeps(measured[rate], before, images, max_loss)
+        remove_file(one.folder / "last.ckpt")  # several times the network on the disk
+        said = f"{_right(measured[rate], before)}: {'affordable' if kept[rate] else 'too much is lost'}"
+        said = said if tried[rate]["file"] else "the loss became infinite"
+        say(f"  rate {rate:g}: {said}", show and held_out)
     affordable = {rate: measured[rate] for rate in kept if kept[rate]} or measured
     strongest = strongest_rate(affordable, before, images, max_loss) if images else next(iter(tried))
     if tried[strongest]["file"] is None:
@@ -72,7 +76,7 @@ def fit_teacher(
     chosen = most_accurate({rate: measured[rate] for rate in equal})
     told = {}
     for rate in sorted(tried.keys() - {chosen}, reverse=True):
-        right = f"{100 * measured[rate]:.1f} % of the held-out images right, the suspicious network {100 * before:.1f}"
+        right = _right(measured[rate], before)
         if tried[rate]["file"] is None:
             why = "the loss became infinite"
         elif not kept[rate]:
@@ -93,15 +97,20 @@ def take_teacher(found: dict[str, Any], chain: Chain) -> dict[str, Any]:
     return {**found, "file": name}
 
 
+def _right(share: float, before: float) -> str:
+    return f"{100 * share:.1f} % of the held-out images right, the suspicious network {100 * before:.1f}"
+
+
 def _withstanding(
     network: nn.Module, files: dict[float, str], link: Link, chain: Chain, seed: int, show: bool
 ) -> list[float]:
     """The rates of the teachers that withstand what the strongest one, the first, withstands."""
     device = link.places.device()
     rates, verification = list(files), Verification()
+    if len(rates) == 1 or len(link.data.training) < verification.least_images:
+        return rates[:1]
     passes = verification.search.passes(link.data.num_classes, len(link.data.training), len(rates))
-    if len(rates) > 1:
-        say(f"  do gentler teachers withstand as much? At most {passes:,} passes of an image", show)
+    say(f"  do gentler teachers withstand as much? At most {passes:,} passes of an image", show)
     teachers = []
     for file in files.values():
         teachers.append(copy.deepcopy(network).to(device))
