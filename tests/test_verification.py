@@ -170,6 +170,7 @@ def test_no_more_images_go_through_networks_than_is_said():
     made.keep(Counted(2000.0), Counted(0.0), Counted(2000.0), batches(), 100, generator_for(1))
     said = made.passes_of_images(3, 320)  # ten batches
     assert 0.3 * said < sum(counted) < 1.1 * said
+    assert made.passes_of_images(3, 199) == 0  # of so few nothing is looked for
 
 
 def test_of_many_classes_those_to_which_synthetic_triggers_move_the_suspicious_network_are_looked_at():

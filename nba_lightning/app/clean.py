@@ -27,6 +27,8 @@ from nba_lightning.io.adapters import Normalized, bare
 _COPIES = 20
 """Of the network on the disk: each teacher's and the student's weights, and their checkpoints with an optimiser's."""
 
+_NO_GENTLER = "Its student lost too much, and there is no gentler teacher that keeps the accuracy asked for."
+
 
 def clean(
     network: nn.Module,
@@ -152,13 +154,13 @@ def _chain(
 
     def work() -> dict[str, Any]:
         normalized = _normalization(run.network)
-        of_teacher = {f"teacher_{name}": teacher["chosen"][name] for name in ("rate", "steps")}
+        chosen = last["chosen"] | {f"teacher_{name}": teacher["chosen"][name] for name in ("rate", "steps")}
         asked = student_steps if role == "student" else teacher_steps
-        why = reasons(last["chosen"], run.data, asked, role, teacher["tried"])
+        why = reasons(chosen, run.data, asked, role, teacher["tried"], max_loss=run.max_loss)
         return {
             "accuracy": run.accuracies(files),
             "scan": scans,
-            "chosen": {**last["chosen"], **of_teacher, "reasons": why},
+            "chosen": {**chosen, "reasons": why},
             "warnings": run.warnings,
             "weights": {**outcome(last, role), **described, **normalized, "size": list(run.data.image_shape)},
             "classes": run.data.classes,
@@ -179,8 +181,10 @@ def _aligned(
     """The student and its teacher; a gentler one where the student of the first lost too much."""
     last = run.align(run.with_weights(teacher["file"]), teacher["chosen"]["rate"], student_steps)
     if last["verdict"] == "rejected" and len(run.data.held_out):
-        gentler = run.teach(teacher_steps, gentle=True)
-        if gentler["chosen"]["rate"] < teacher["chosen"]["rate"] and gentler["verdict"] != "rejected":
+        gentler = run.teach_gentler(teacher_steps, teacher)
+        if gentler is None:
+            teacher = {**teacher, "tried": [*teacher["tried"], _NO_GENTLER]}
+        else:
             before, now = (one["chosen"]["rate"] for one in (teacher, gentler))
             run.warnings.append(
                 f"What came of the teacher at rate {before:g} lost more clean accuracy than `max_loss` allows, so one "
@@ -188,7 +192,7 @@ def _aligned(
                 "may be left. A larger `max_loss` keeps the stronger one."
             )
             teacher = gentler
-            last = run.align(run.with_weights(teacher["file"]), teacher["chosen"]["rate"], student_steps)
+            last = run.align(run.with_weights(teacher["file"]), teacher["chosen"]["rate"], student_steps, again=True)
     return teacher, run.judge_fitted(last)
 
 

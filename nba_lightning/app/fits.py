@@ -23,16 +23,13 @@ from nba_lightning.data.owner import CleanImages
 from nba_lightning.defenses import NBA
 from nba_lightning.io.checkpoints import SafeCheckpointIO
 from nba_lightning.training import Defense
-from nba_lightning.training.sweep import (
-    STUDENT_SHARE,
-    TEACHERS_LOSS,
-    usual_optimizer,
-)
+from nba_lightning.training.sweep import STUDENT_SHARE, teachers_loss, usual_optimizer
 from nba_lightning.training.verification import Verification
 
 TEACHER_STEPS, STUDENT_STEPS = 450, 450
 _LEAST_EPOCHS = 5
 _SAVE_EVERY = timedelta(minutes=1)
+_UNVERIFIED = "so few verify nothing, so that the teacher will be kept"
 _CURVE = 20
 """Points of a fit's curve, about."""
 
@@ -136,7 +133,7 @@ class Link:
         """
         for old in to.parent.glob("rejected*.safetensors"):
             old.unlink(missing_ok=True)  # of a rate that was too strong, or of this fit before it was interrupted
-        guard = Guard(self.max_loss, teacher_max_loss=min(1.0, TEACHERS_LOSS * self.max_loss))
+        guard = Guard(self.max_loss, teacher_max_loss=teachers_loss(self.max_loss), advise=False)
         history, weights = History(), CleanedWeights(str(to))
         every = max(1, self.epochs // _CURVE)
         saver = ModelCheckpoint(
@@ -198,7 +195,8 @@ def fit_student(
     def work() -> dict[str, Any]:
         module = NBA(copy.deepcopy(network), teacher=teacher, seed=seed, **optimizer_for(network, STUDENT_SHARE * rate))
         verifying = module.verification.passes_of_images(link.data.num_classes, len(link.data.training))
-        say(f"  {link.cost()}; to verify it at most {verifying:,} passes of an image", show)
+        verified = f"to verify it at most {verifying:,} passes of an image" if verifying else _UNVERIFIED
+        say(f"  {link.cost()}; {verified}", show)
         found = link.fit(module, chain.folder / "cleaned.safetensors")
         return {**found, "warnings": save_pictures(chain.folder / "report", module, network, link.data)}
 

@@ -4,31 +4,39 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nba_lightning.data.owner import CleanImages
+from nba_lightning.training.sweep import TEACHERS_LOSS, teachers_loss
 
 _OPTIMISERS = {
     "AdamW": "The network has layer normalisation or depthwise convolutions; such networks are trained adaptively.",
     "SGD": "The network has neither layer normalisation nor depthwise convolutions.",
 }
+_SWEPT = (
+    "The strongest of those tried that cost at most {:.1f} points of accuracy on held-out images ({:g} times what the "
+    "cleaned network may lose, since the student learns a part of it back) or what chance may, else the one that lost "
+    "least; of gentler ones that withstand as much as it the most accurate."
+)
+_USUAL = "The usual one of this optimiser, since no images were held out to tell rates apart."
 
 
 def reasons(
-    chosen: Mapping[str, Any], data: CleanImages, steps: int, role: str, tried: Sequence[str]
+    chosen: Mapping[str, Any], data: CleanImages, steps: int, role: str, tried: Sequence[str], max_loss: float = 0.05
 ) -> dict[str, str]:
     """Sentences for those of the choices that need one.
 
     Args:
-        chosen: what was chosen for the last fit.
+        chosen: what was chosen for the last fit, and ``teacher_rate``.
         data: the clean images.
         steps: of that fit, as they were asked for.
         role: ``teacher`` or ``student``, which that fit trained.
-        tried: a sentence for each rate that was not taken.
+        tried: a sentence for each of the teacher's rates that was not taken.
+        max_loss: accuracy that the cleaned network may lose.
     """
     training = len(data.training)
-    strongest = "Of those tried the strongest that kept accuracy on held-out images, or else the one that lost least."
-    usual = "The usual one of this optimiser, since no images were held out to tell rates apart."
+    of_teacher = _SWEPT.format(100 * teachers_loss(max_loss), TEACHERS_LOSS) if len(data.held_out) else _USUAL
     known = {
         "optimiser": _OPTIMISERS.get(chosen["optimiser"]),
-        "rate": " ".join([strongest if len(data.held_out) else usual, *tried]),
+        "rate": "A third of the teacher's." if role == "student" else "The teacher's.",
+        "teacher_rate": " ".join([of_teacher, *tried]),
         "steps": f"Whole passes over {training:,} images, for at least the {steps:,} steps that were asked for.",
         "batch": "As it was asked for."
         if data.batch_size

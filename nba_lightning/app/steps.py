@@ -16,14 +16,14 @@ from nba_lightning.app.answers import accuracy_entry, ask, check_order
 from nba_lightning.app.chain import Chain, copy_file, remove_file, say
 from nba_lightning.app.fits import Link, Places, fit_student
 from nba_lightning.app.scans import run_scans, scan_cost
-from nba_lightning.app.teachers import fit_teacher
+from nba_lightning.app.teachers import fit_teacher, take_teacher
 from nba_lightning.callbacks.guard import Answers
 from nba_lightning.core.paired import Paired
 from nba_lightning.data.owner import CleanImages
 from nba_lightning.io.weights import load_weights
-from nba_lightning.training.sweep import TEACHERS_LOSS
+from nba_lightning.training.sweep import teachers_loss
 
-_NEXT = "Give more clean images, or allow a larger `max_loss`; or try another seed. The teacher is kept beside it."
+_NEXT = "Give more clean images, or allow a larger `max_loss`; or try another seed."
 
 
 class Cleaning:
@@ -92,32 +92,55 @@ class Cleaning:
         self.warnings += [one for one in found["warnings"] if one not in self.warnings]
         return {name: value for name, value in found.items() if name != "warnings"}
 
-    def teach(self, steps: int, gentle: bool = False) -> dict[str, Any]:
+    def teach(self, steps: int) -> dict[str, Any]:
         """Make the teacher; ``tried`` says which rates were not taken, and why.
 
-        It may lose more accuracy than the cleaned network, since the student learns a part of it back; a gentle one may
-        not.
+        It may lose more accuracy than the cleaned network, since the student learns a part of it back.
         """
-        what = "A gentler teacher" if gentle else "The teacher: a copy of the network, fine-tuned on the clean images"
-        say(f"4/6  {what}", self.show)
-        may_lose = min(1.0, TEACHERS_LOSS * self.max_loss)
-        found, tried = fit_teacher(
+        may_lose = teachers_loss(self.max_loss)
+        say("4/6  The teacher: a copy of the network, fine-tuned on the clean images", self.show)
+        if len(self.data.held_out):
+            most = f"{100 * may_lose:.1f} points of accuracy at most"
+            say(f"  looked for is the strongest learning rate that costs {most}, in up to three fits", self.show)
+        found, told = self._fit_teacher(steps, may_lose)
+        return {**take_teacher(found, self.chain), "tried": list(told.values())}
+
+    def teach_gentler(self, steps: int, teacher: dict[str, Any]) -> dict[str, Any] | None:
+        """A teacher that loses no more than the cleaned network may, after one whose student lost too much.
+
+        Returns:
+            It, or ``None`` if there is none; ``teacher``, the first one, stays the one in the output folder then.
+        """
+        most = f"{100 * self.max_loss:.1f} points; at most three more fits"
+        say(f"4/6 again: the student lost too much; is there a gentler teacher? It may lose {most}", self.show)
+        found, told = self._fit_teacher(steps, self.max_loss)
+        first, rate = teacher["chosen"]["rate"], found["chosen"]["rate"]
+        if rate >= first or found["verdict"] == "rejected":
+            say("  there is none", self.show)
+            return None
+        told[first] = f"The one of rate {first:g} was taken first, but its student lost too much accuracy, so "
+        told[first] += "a gentler one was looked for that lost no more than the cleaned network may."
+        return {**take_teacher(found, self.chain), "tried": [told[rate] for rate in sorted(told, reverse=True)]}
+
+    def _fit_teacher(self, steps: int, may_lose: float) -> tuple[dict[str, Any], dict[float, str]]:
+        fitted = teachers_loss(self.max_loss)  # the same fits, whatever is asked of them
+        return fit_teacher(
             self.network,
-            lambda name: self._link(name, steps, may_lose),
+            lambda name: self._link(name, steps, fitted),
             self.chain,
-            self.max_loss if gentle else may_lose,
+            may_lose,
             len(self.data.held_out) > 0,
             self.seed,
             self.show,
         )
-        return {**found, "tried": tried}
 
-    def align(self, teacher: nn.Module, rate: float, steps: int) -> dict[str, Any]:
+    def align(self, teacher: nn.Module, rate: float, steps: int, again: bool = False) -> dict[str, Any]:
         """Align the student with the teacher, at a share of the teacher's rate."""
-        say("5/6  The student: the network, aligned with the teacher", self.show)
+        number = "5/6 again:" if again else "5/6 "
+        say(f"{number} The student: the network, aligned with the teacher of rate {rate:g}", self.show)
         link = self._link(f"student of {rate:g}", steps, self.max_loss)
         found = fit_student(self.network, teacher, rate, link, self.chain, self.seed, self.show)
-        self.warnings += found["warnings"]
+        self.warnings += [one for one in found["warnings"] if one not in self.warnings]
         return found
 
     def judge_fitted(self, last: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +205,8 @@ def outcome(last: Mapping[str, Any], role: str) -> dict[str, Any]:
     rejected = last["verdict"] == "rejected"
     found: dict[str, Any] = {"file": last["file"], "handed_over": not rejected}
     if rejected:
-        found |= {"reason": f"The {role} lost too much clean accuracy. {last['sentence']}", "next": _NEXT}
+        found |= {"reason": f"The {role} lost too much clean accuracy. {last['sentence']}"}
+        found["next"] = _NEXT + (" The teacher is kept beside it." if role == "student" else "")
     return found
 
 

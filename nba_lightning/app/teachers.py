@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from nba_lightning.app.chain import Chain, say
+from nba_lightning.app.chain import Chain, remove_file, say
 from nba_lightning.app.fits import Link, optimizer_for
 from nba_lightning.callbacks import NonFiniteLossError
 from nba_lightning.core.randomness import generator_for, shuffled
@@ -39,7 +39,7 @@ def fit_teacher(
     held_out: bool,
     seed: int,
     show: bool,
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[dict[str, Any], dict[float, str]]:
     """Fine-tune copies of the network on synthetic triggers too, as strongly as accuracy allows and removal needs.
 
     Which rates are tried says :mod:`nba_lightning.training.sweep`; of those that may be taken and withstand what the
@@ -47,8 +47,8 @@ def fit_teacher(
     is taken.
 
     Returns:
-        What came of the chosen fit, whose weights are in ``teacher.safetensors`` (or ``rejected.safetensors``), and a
-        sentence for each rate that was not taken.
+        What came of the chosen fit, whose weights :func:`take_teacher` brings to the output folder, and by rate a
+        sentence for each that was not chosen.
     """
     tried, measured, kept = dict[float, dict[str, Any]](), dict[float, float](), dict[float, bool]()
     before, images = 0.0, 0
@@ -61,41 +61,54 @@ def fit_teacher(
         if "student" in figures:  # not where the loss became infinite
             before, images = figures["suspicious"]["value"], figures["suspicious"]["images"]
             measured[rate] = figures["student"]["value"]
-        kept[rate] = bool(images) and keeps(measured[rate], before, images, max_loss)
-    strongest = strongest_rate(measured, before, images, max_loss) if images else next(iter(tried))
+        good = tried[rate]["verdict"] != "rejected"  # a small loss of many images may be beyond chance
+        kept[rate] = bool(images) and good and keeps(measured[rate], before, images, max_loss)
+        remove_file(one.folder / "last.ckpt")  # several times the network on the disk
+        said = f"{_right(measured[rate], before)}: {'affordable' if kept[rate] else 'too much is lost'}"
+        said = said if tried[rate]["file"] else "the loss became infinite"
+        say(f"  rate {rate:g}: {said}", show and held_out)
+    affordable = {rate: measured[rate] for rate in kept if kept[rate]} or measured
+    strongest = strongest_rate(affordable, before, images, max_loss) if images else next(iter(tried))
     if tried[strongest]["file"] is None:
         raise NonFiniteLossError(tried[strongest]["sentence"])
     able = {rate: tried[rate]["file"] for rate in sorted(kept)[::-1] if rate <= strongest and tried[rate]["file"]}
     equal = chain.step(f"equal to {strongest:g}", partial(_withstanding, network, able, one, chain, seed, show))
     chosen = most_accurate({rate: measured[rate] for rate in equal})
-    found = tried[chosen]
-    name = "rejected.safetensors" if found["verdict"] == "rejected" else "teacher.safetensors"
-    chain.step(f"take {chosen:g}", lambda: _take(chain.folder / "fits" / found["file"], chain.folder / name))
-    kept_back = {rate for rate in able if rate not in equal}
-    return {**found, "file": name}, _reasons(chosen, tried, measured, kept_back)
-
-
-def _reasons(
-    chosen: float, tried: dict[float, dict[str, Any]], measured: dict[float, float], kept_back: set[float]
-) -> list[str]:
-    """Why each rate but the chosen one was not taken, the strongest first."""
-    told = []
+    told = {}
     for rate in sorted(tried.keys() - {chosen}, reverse=True):
-        why = f"it was right on {measured[rate]:.1%} of the held-out images"
-        why = why if tried[rate]["file"] else "the loss became infinite"
-        if rate in kept_back:
-            why += ", but nothing shows that it withstands what a stronger one does"
-        told.append(f"A teacher fine-tuned at rate {rate:g} was not taken: {why}.")
-    return told
+        right = _right(measured[rate], before)
+        if tried[rate]["file"] is None:
+            why = "the loss became infinite"
+        elif not kept[rate]:
+            why = f"it lost too much accuracy ({right})"
+        elif rate in equal:
+            why = f"another one withstands as much and lost no more accuracy ({right})"
+        else:
+            why = f"nothing shows that it withstands what a stronger one does ({right})"
+        told[rate] = f"A teacher fine-tuned at rate {rate:g} was not taken: {why}."
+    return tried[chosen], told
+
+
+def take_teacher(found: dict[str, Any], chain: Chain) -> dict[str, Any]:
+    """Bring a chosen teacher's weights to the output folder, as ``teacher.safetensors`` or ``rejected.safetensors``."""
+    name = "rejected.safetensors" if found["verdict"] == "rejected" else "teacher.safetensors"
+    source = chain.folder / "fits" / found["file"]
+    chain.step(f"take {found['chosen']['rate']:g}", lambda: _take(source, chain.folder / name))
+    return {**found, "file": name}
+
+
+def _right(share: float, before: float) -> str:
+    return f"{100 * share:.1f} % of the held-out images right, the suspicious network {100 * before:.1f}"
 
 
 def _withstanding(
     network: nn.Module, files: dict[float, str], link: Link, chain: Chain, seed: int, show: bool
 ) -> list[float]:
     """The rates of the teachers that withstand what the strongest one, the first, withstands."""
-    rates, verification, device = list(files), Verification(), link.places.device()
-    if len(rates) == 1:
-        return rates
+    device = link.places.device()
+    rates, verification = list(files), Verification()
+    if len(rates) == 1 or len(link.data.training) < verification.least_images:
+        return rates[:1]
     passes = verification.search.passes(link.data.num_classes, len(link.data.training), len(rates))
     say(f"  do gentler teachers withstand as much? At most {passes:,} passes of an image", show)
     teachers = []

@@ -89,6 +89,7 @@ class Guard(Callback):
             at the end only. A high learning rate costs accuracy that comes back as it falls.
         min_images: held-out images below which a small loss cannot be told from none.
         teacher_max_loss: what the teacher may have lost, in [0, 1]; ``None`` for ``max_loss``.
+        advise: whether sentences name these arguments and say what to try; not where a chain sets and tries it itself.
 
     Attributes:
         verdict: on the student, after the fit; ``None`` before it.
@@ -105,6 +106,7 @@ class Guard(Callback):
         every_n_epochs: int = 0,
         min_images: int = 40,
         teacher_max_loss: float | None = None,
+        advise: bool = True,
     ) -> None:
         check_range("max_loss", max_loss, 0.0, 1.0)
         if teacher_max_loss is not None:
@@ -113,6 +115,7 @@ class Guard(Callback):
         check_at_least("min_images", min_images, 1)
         self.max_loss, self.every_n_epochs, self.min_images = max_loss, every_n_epochs, min_images
         self.teacher_max_loss = max_loss if teacher_max_loss is None else teacher_max_loss
+        self.advise = advise
         self._restored = self._concluded = False
         self._came: nn.Module | None = None
         self._reset()
@@ -206,10 +209,9 @@ class Guard(Callback):
 
     def _judge(self, role: str, after: Answers | None) -> tuple[Verdict, str]:
         """The verdict on a network, and why."""
-        name, allowed = (
-            ("max_loss", self.max_loss) if role != "teacher" else ("teacher_max_loss", self.teacher_max_loss)
-        )
-        before, limit = self._before, f"`{name}` ({_points(allowed)})"
+        before, name = self._before, "teacher_max_loss" if role == "teacher" else "max_loss"
+        allowed = self.teacher_max_loss if role == "teacher" else self.max_loss
+        limit = f"`{name}` ({_points(allowed)})" if self.advise else f"the {_points(allowed)} that it may lose"
         if after is None:
             return "unknown", (
                 f"No images were held out, so the guard cannot know what the {role} lost. Hold some out, or look at "
@@ -227,7 +229,7 @@ class Guard(Callback):
         if pair.loss > allowed and pair.beyond_chance(exact=few):
             return "rejected", (
                 f"Rejected: {was}; that is a loss of {_points(pair.loss)} (standard error "
-                f"{100 * pair.standard_error:.1f}), more than {limit}. {_ADVICE[role]}"
+                f"{100 * pair.standard_error:.1f}), more than {limit}.{_ADVICE[role] if self.advise else ''}"
             )
         if few:
             low, high = pair.interval()
@@ -246,9 +248,9 @@ class Guard(Callback):
 
 
 _ADVICE = {
-    "teacher": "Make the teacher with a smaller learning rate, fewer steps or more images, or take another one.",
-    "student": "Try a smaller learning rate, more clean images, or another teacher.",
-    "fitted network": "Try a smaller learning rate, fewer steps or more clean images.",
+    "teacher": " Make the teacher with a smaller learning rate, fewer steps or more images, or take another one.",
+    "student": " Try a smaller learning rate, more clean images, or another teacher.",
+    "fitted network": " Try a smaller learning rate, fewer steps or more clean images.",
 }
 
 

@@ -60,6 +60,11 @@ def allowed_loss(baseline: float, images: int, max_loss: float = 0.05) -> float:
     return max(max_loss, math.sqrt(share * (1 - share) / (images + 4)))
 
 
+def teachers_loss(max_loss: float) -> float:
+    """What NBA's teacher may lose where the cleaned network may lose ``max_loss``; both in [0, 1]."""
+    return min(1.0, TEACHERS_LOSS * max_loss)
+
+
 def keeps(accuracy: float, baseline: float, images: int, max_loss: float = 0.05) -> bool:
     """Whether a network that reached ``accuracy`` on the held-out images lost no more than :func:`allowed_loss`."""
     check_range("accuracy", accuracy, 0.0, 1.0)

@@ -81,6 +81,8 @@ class Verification:
 
     def passes_of_images(self, classes: int, images: int) -> int:
         """What it costs at most, for a network of so many classes and so many clean images; as ``Search.passes``."""
+        if images < self.least_images:
+            return 0  # nothing is looked for
         return self.search.passes(classes, images, len(self.shares) + len(self.direct))
 
     def keep(
