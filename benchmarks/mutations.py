@@ -16,7 +16,7 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("anp: the same start in each step", "defenses/anp.py", "generator_for(self.seed, 6, self.trainer.current_epoch, batch_idx,", "generator_for(self.seed, 6, self.trainer.current_epoch,", "defenses/anp"),
     ("anp: masks above 1", "training/neuron_masks.py", "mask.clamp_(0.0, 1.0)", "mask.clamp_(0.0)", "defenses/anp"),
     ("anp: prunes at the threshold", "defenses/anp.py", "gone = mask < self.threshold", "gone = mask <= self.threshold", "defenses/anp"),
-    ("anp: bias of a pruned channel stays", "defenses/anp.py", "norm.bias[gone] = 0.0", "pass", "defenses/anp"),
+    ("anp: a pruned channel loses its bias", "defenses/anp.py", "self.norm(name).weight[gone] = 0.0", "self.norm(name).weight[gone] = self.norm(name).bias[gone] = 0.0", "defenses/anp"),
     ("anp: prunes a step late", "training/neuron_masks.py", "self.trainer.global_step + 1 == self", "self.trainer.global_step == self", "defenses/anp"),
     ("anp: learns statistics", "defenses/anp.py", "with frozen_statistics(self.model):", "with torch.enable_grad():", "defenses/anp"),
     # Fine-tuning with sharpness-aware minimisation.

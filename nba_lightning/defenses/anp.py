@@ -23,15 +23,15 @@ class ANP(NeuronMasks):
         + (1 - \alpha) \max_{\delta, \xi \in [-\epsilon, \epsilon]^n} CE((m + \delta) \odot w, (1 + \xi) \odot b)
 
     over one mask value m for each BatchNorm channel with weight w and bias b; the network's weights do not train. When
-    the fit ends, channels whose mask is below ``threshold`` get weight and bias 0; validation sees the network as
-    pruned so far.
+    the fit ends, channels whose mask is below ``threshold`` get weight 0 and keep their bias, as in the first term;
+    validation sees the network as pruned so far.
 
     Source: Wu & Wang, "Adversarial neuron pruning purifies backdoored deep models", NeurIPS 2021 (arXiv 2110.14430),
     section 4, equation 3, and the authors' code: epsilon 0.4, one step, alpha 0.2, SGD at 0.2 with momentum 0.9 over
     2,000 batches of 128. That code lets a perturbation leave [-epsilon, epsilon] after its random start; we project it
-    back, as the equation says. Its rate is constant, ours a cosine with Nesterov momentum; it zeroes a pruned channel's
-    weight alone, we its bias too. The authors' code tries thresholds from 0 to 0.9, a public benchmark picks one by the
-    *test* figures; here it is fixed at 0.2, since a defender cannot.
+    back, as the equation says. Its rate is constant, ours a cosine with Nesterov momentum. The authors' code tries
+    thresholds from 0 to 0.9, a public benchmark, whose rate is 0.01 at batches of 256, picks the one with the lowest
+    ASR on the *test* images within 10 % of the accuracy; here it is fixed at 0.2, since a defender cannot.
 
     Args:
         model: the suspicious network; it must have BatchNorm layers with weights.
@@ -72,7 +72,7 @@ class ANP(NeuronMasks):
     def forward(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` in [0, 1] to logits `(B, K)` of the network as pruned by the masks of this moment."""
         kept = [(mask >= self.threshold).to(mask.dtype) for mask in self.masks]
-        return self.masked(images, kept, kept)
+        return self.masked(images, kept)
 
     def passes_of_step(self) -> float:
         """The steps to the worst perturbation, and the loss with and without it."""
@@ -121,13 +121,11 @@ class ANP(NeuronMasks):
 
     @torch.no_grad()
     def prune(self) -> int:
-        """Set weight and bias of the channels whose mask is below the threshold to 0; how many those are."""
+        """Set the weights of the channels whose mask is below the threshold to 0; how many those are."""
         pruned = 0
         for name, mask in zip(self.norms, self.masks, strict=True):
-            norm = self.norm(name)
             gone = mask < self.threshold
-            norm.weight[gone] = 0.0
-            norm.bias[gone] = 0.0
+            self.norm(name).weight[gone] = 0.0
             pruned += int(gone.sum())
         rank_zero_info(f"{pruned} of {sum(len(mask) for mask in self.masks)} channels are pruned.")
         return pruned

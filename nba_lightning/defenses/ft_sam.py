@@ -19,7 +19,9 @@ class FTSAM(SharpnessAware, Defense):
 
     Source: Zhu et al., "Enhancing fine-tuning based backdoor defense with sharpness-aware minimization", ICCV 2023
     (arXiv 2304.11823), section 3.3: rho 2 on CIFAR-10. Learning rate 0.01, label smoothing 0.1 (of the other classes
-    there, of all classes here) and 100 epochs with a cosine at batches of 256 are those of the authors' benchmark.
+    there, of all classes here) and 100 epochs at batches of 256 are those of the authors' benchmark. There momentum is
+    plain, and a cosine of 100 steps goes on with each batch, so that the rate falls and rises five times and ends where
+    it began; here momentum is Nesterov's, and one cosine falls to 0.
 
     Args:
         model: the suspicious network.

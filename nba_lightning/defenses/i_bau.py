@@ -29,11 +29,12 @@ class IBAU(Defense):
     along the implicit hypergradient, which K fixed-point iterations approximate.
 
     Source: Zeng et al., "Adversarial unlearning of backdoors via implicit hypergradient", ICLR 2022 (arXiv
-    2110.03735), section 4 and algorithm 1. Settings as in a public benchmark: 5 rounds, K = 5, Adam at 1e-4 (constant
-    there, a cosine here), batches of 256, d by SGD at 10 from 0 in each round, inner step 0.1, d on a random 1 % of
-    each batch (at least one image here), ``eval`` mode throughout; images may leave [0, 1] under d. That benchmark's
-    d is added to normalised images, the authors' to images in [0, 1], as here; the authors' code takes Adam at 1e-3
-    and batches of 100.
+    2110.03735), section 4 and algorithm 1. Settings as in a public benchmark: 5 rounds, K = 5, Adam at 1e-4 (AMSGrad,
+    constant there, a cosine here), batches of 256, d by SGD at 10 from 0 in each round, inner step 0.1, d on a random
+    1 % of each batch (at least one image here), ``eval`` mode throughout; images may leave [0, 1] under d. That
+    benchmark adds d to images divided by their standard deviation s, the authors to images in [0, 1], as here; its d is
+    ours with both steps times s^2 and the penalty over s^2. The authors' code takes Adam at a constant 1e-3 and batches
+    of 100.
 
     Args:
         model: the suspicious network.

@@ -32,9 +32,9 @@ class SAU(Defense):
     Source: Wei et al., "Shared adversarial unlearning: backdoor mitigation by unlearning shared adversarial
     examples", NeurIPS 2023 (arXiv 2307.10562), section 4. Settings as in the authors' benchmark: epsilon 0.2, five
     signed steps of 0.2 from +epsilon, beta 0.01 and 1, Adam at 1e-4, batches of 256. As there, images may leave [0,
-    1] under d, an image whose aim is reached no longer pulls, and BatchNorm is in ``eval`` mode throughout. There the
-    rate is constant and images are not augmented; here a cosine falls to 0 and the loader's augmentation holds, as
-    for all defences.
+    1] under d, an image whose aim is reached no longer pulls, and BatchNorm is in ``eval`` mode throughout. There Adam
+    is AMSGrad at a constant rate and images are not augmented; here a cosine falls to 0 and the loader's augmentation
+    holds, as for all defences.
 
     Args:
         model: the suspicious network.

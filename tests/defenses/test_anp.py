@@ -58,7 +58,7 @@ def test_anp_prunes_what_its_masks_say_and_trains_nothing_else(network, trainer,
     after, norm = network.state_dict(), module.norms[1]
     for name, value in before.items():
         wanted = value.clone()
-        if name in (f"{norm}.weight", f"{norm}.bias"):
+        if name == f"{norm}.weight":
             wanted[2] = 0.0
         torch.testing.assert_close(after[name], wanted)
 
@@ -169,11 +169,25 @@ def test_anp_prunes_below_the_threshold_and_evaluates_as_pruned(network):
     by_hand, norm = copy.deepcopy(network), copy.deepcopy(network.block1[1])
     with torch.no_grad():
         for channel in (1, 3):  # 0.5 itself stays
-            by_hand.block1[1].weight[channel] = by_hand.block1[1].bias[channel] = 0.0
+            by_hand.block1[1].weight[channel] = 0.0
     torch.testing.assert_close(module(images), by_hand(images))
     assert module.prune() == 2
     torch.testing.assert_close(network(images), by_hand(images))
     assert torch.equal(network.block1[1].weight[[0, 2]], norm.weight[[0, 2]])
+
+
+def test_anp_s_pruned_network_is_the_equation_with_masks_of_zero_and_one(network):
+    """The masks are trained beside the biases as they are, so pruning must keep those of the channels that it takes."""
+    module = ANP(lively(network), threshold=0.5).eval()
+    with torch.no_grad():
+        for mask in module.masks:
+            mask.copy_((torch.rand(mask.shape) < 0.5).to(mask.dtype))
+    images, before = torch.rand(3, 1, 8, 8), copy.deepcopy(network)
+    none = [torch.zeros_like(mask) for mask in module.masks]
+    wanted = forward_by_hand(before, module.masks, none, none, images)
+    torch.testing.assert_close(module(images), wanted)
+    assert module.prune() == sum(int((mask == 0).sum()) for mask in module.masks) > 0
+    torch.testing.assert_close(network(images), wanted)
 
 
 def test_anp_prunes_with_the_last_step_and_not_before(network, clean_digits, trainer):

@@ -1,5 +1,6 @@
 """I-BAU against independent formulations."""
 
+import copy
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ from torch.func import functional_call
 from nba_lightning import IBAU
 from nba_lightning.core.randomness import generator_for
 from nba_lightning.defenses.i_bau import hypergradient
+from nba_lightning.networks.normalize import Normalize
 from tests.helpers import batch, cross_entropy, lively, ready
 
 
@@ -116,6 +118,23 @@ def test_i_bau_s_gradient_is_the_hypergradient_by_explicit_jacobians(trainer):
     for weight, first, by_weight in zip(weights, direct, by_weights, strict=True):
         wanted = first + (vector @ by_weight.reshape(4, -1)).view_as(first)
         torch.testing.assert_close(weight.grad, wanted, atol=1e-5, rtol=1e-3)
+
+
+def test_i_bau_on_normalised_images_is_another_choice_of_steps_and_penalty(network, trainer):
+    """What the docstring says of a benchmark whose perturbation is added to normalised images."""
+    deviation, double = 0.25, lively(network).double().eval()
+    images, labels = torch.rand(100, 1, 8, 8, dtype=torch.float64), torch.randint(0, 10, (100,))
+    share = deviation**2
+    inside = nn.Sequential(Normalize(0.5, deviation, channels=1).double(), copy.deepcopy(double)).eval()
+    mine = ready(IBAU(inside, inner_lr=10 * share, inner_step=0.1 * share, penalty=0.001 / share), trainer)
+    theirs = ready(IBAU(double), trainer)
+    for module, seen in ((mine, images), (theirs, (images - 0.5) / deviation)):
+        module.perturbation = module._ascend(torch.zeros_like(seen[:1]), seen)
+        module.training_step((seen, labels), 1).backward()
+    assert float(theirs.perturbation.abs().max()) > 0.01
+    torch.testing.assert_close(mine.perturbation, deviation * theirs.perturbation)
+    for one, other in zip(mine.trained_parameters(), theirs.trained_parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
 
 
 def test_i_bau_keeps_the_first_batch_of_a_round_for_the_map(network, trainer):
