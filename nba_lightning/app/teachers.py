@@ -2,7 +2,8 @@
 
 import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -31,6 +32,65 @@ from nba_lightning.training.sweep import (
 from nba_lightning.training.verification import Verification
 
 
+@dataclass
+class Tried:
+    """The fits of a sweep, by rate.
+
+    Attributes:
+        found: what came of each.
+        right: its accuracy on held-out images, in [0, 1]; 0 where the loss became infinite.
+        affordable: whether it lost no more than it may.
+        before: accuracy of the suspicious network.
+        images: how many were held out.
+    """
+
+    found: dict[float, dict[str, Any]] = field(default_factory=dict)
+    right: dict[float, float] = field(default_factory=dict)
+    affordable: dict[float, bool] = field(default_factory=dict)
+    before: float = 0.0
+    images: int = 0
+
+    def add(self, rate: float, found: dict[str, Any], max_loss: float) -> None:
+        """Judge one more."""
+        self.found[rate], self.right[rate], figures = found, 0.0, found["accuracies"]
+        if "student" in figures:  # not where the loss became infinite
+            self.before, self.images = figures["suspicious"]["value"], figures["suspicious"]["images"]
+            self.right[rate] = figures["student"]["value"]
+        good = found["verdict"] != "rejected"  # a small loss of many images may be beyond chance
+        kept = bool(self.images) and good and keeps(self.right[rate], self.before, self.images, max_loss)
+        self.affordable[rate] = kept
+
+    def strongest(self, max_loss: float) -> float:
+        """The strongest rate that is affordable, or else the one that lost least."""
+        if not self.images:
+            return min(self.found)
+        able = {rate: self.right[rate] for rate, good in self.affordable.items() if good} or self.right
+        return strongest_rate(able, self.before, self.images, max_loss)
+
+    def figures(self, rate: float) -> str:
+        """Accuracy at a rate beside the suspicious network's."""
+        now, before = 100 * self.right[rate], 100 * self.before
+        return f"{now:.1f} % of the held-out images right, the suspicious network {before:.1f}"
+
+    def verdict(self, rate: float) -> str:
+        """What is said of a rate that was just tried."""
+        if self.found[rate]["file"] is None:
+            return "the loss became infinite"
+        return f"{self.figures(rate)}: {'affordable' if self.affordable[rate] else 'too much is lost'}"
+
+    def reason(self, rate: float, equal: Sequence[float]) -> str:
+        """Why it was not taken, where those in ``equal`` withstand what the strongest withstands."""
+        if self.found[rate]["file"] is None:
+            why = "the loss became infinite"
+        elif not self.affordable[rate]:
+            why = f"it lost too much accuracy ({self.figures(rate)})"
+        elif rate in equal:
+            why = f"another one withstands as much and lost no more accuracy ({self.figures(rate)})"
+        else:
+            why = f"nothing shows that it withstands what a stronger one does ({self.figures(rate)})"
+        return f"A teacher fine-tuned at rate {rate:g} was not taken: {why}."
+
+
 def fit_teacher(
     network: nn.Module,
     link: Callable[[str], Link],
@@ -50,43 +110,22 @@ def fit_teacher(
         What came of the chosen fit, whose weights :func:`take_teacher` brings to the output folder, and by rate a
         sentence for each that was not chosen.
     """
-    tried, measured, kept = dict[float, dict[str, Any]](), dict[float, float](), dict[float, bool]()
-    before, images = 0.0, 0
-    kind = usual_optimizer(network)
+    kind, tried = usual_optimizer(network), Tried()
     rates = RATES[kind] if held_out else (USUAL_RATE[kind],)
-    while (rate := next_rate(rates, kept)) is not None:
+    while (rate := next_rate(rates, tried.affordable)) is not None:
         one = link(f"teacher {rate:g}")
-        tried[rate] = chain.step(one.name, partial(_try, network, one, rate, seed, show))
-        measured[rate], figures = 0.0, tried[rate]["accuracies"]
-        if "student" in figures:  # not where the loss became infinite
-            before, images = figures["suspicious"]["value"], figures["suspicious"]["images"]
-            measured[rate] = figures["student"]["value"]
-        good = tried[rate]["verdict"] != "rejected"  # a small loss of many images may be beyond chance
-        kept[rate] = bool(images) and good and keeps(measured[rate], before, images, max_loss)
+        tried.add(rate, chain.step(one.name, partial(_try, network, one, rate, seed, show)), max_loss)
         remove_file(one.folder / "last.ckpt")  # several times the network on the disk
-        said = f"{_right(measured[rate], before)}: {'affordable' if kept[rate] else 'too much is lost'}"
-        said = said if tried[rate]["file"] else "the loss became infinite"
-        say(f"  rate {rate:g}: {said}", show and held_out)
-    affordable = {rate: measured[rate] for rate in kept if kept[rate]} or measured
-    strongest = strongest_rate(affordable, before, images, max_loss) if images else next(iter(tried))
-    if tried[strongest]["file"] is None:
-        raise NonFiniteLossError(tried[strongest]["sentence"])
-    able = {rate: tried[rate]["file"] for rate in sorted(kept)[::-1] if rate <= strongest and tried[rate]["file"]}
+        say(f"  rate {rate:g}: {tried.verdict(rate)}", show and held_out)
+    strongest = tried.strongest(max_loss)
+    if tried.found[strongest]["file"] is None:
+        raise NonFiniteLossError(tried.found[strongest]["sentence"])
+    able = {rate: found["file"] for rate, found in sorted(tried.found.items())[::-1] if rate <= strongest}
+    able = {rate: file for rate, file in able.items() if file is not None}
     equal = chain.step(f"equal to {strongest:g}", partial(_withstanding, network, able, one, chain, seed, show))
-    chosen = most_accurate({rate: measured[rate] for rate in equal})
-    told = {}
-    for rate in sorted(tried.keys() - {chosen}, reverse=True):
-        right = _right(measured[rate], before)
-        if tried[rate]["file"] is None:
-            why = "the loss became infinite"
-        elif not kept[rate]:
-            why = f"it lost too much accuracy ({right})"
-        elif rate in equal:
-            why = f"another one withstands as much and lost no more accuracy ({right})"
-        else:
-            why = f"nothing shows that it withstands what a stronger one does ({right})"
-        told[rate] = f"A teacher fine-tuned at rate {rate:g} was not taken: {why}."
-    return tried[chosen], told
+    chosen = most_accurate({rate: tried.right[rate] for rate in equal})
+    others = sorted(tried.found.keys() - {chosen}, reverse=True)
+    return tried.found[chosen], {rate: tried.reason(rate, equal) for rate in others}
 
 
 def take_teacher(found: dict[str, Any], chain: Chain) -> dict[str, Any]:
@@ -95,10 +134,6 @@ def take_teacher(found: dict[str, Any], chain: Chain) -> dict[str, Any]:
     source = chain.folder / "fits" / found["file"]
     chain.step(f"take {found['chosen']['rate']:g}", lambda: _take(source, chain.folder / name))
     return {**found, "file": name}
-
-
-def _right(share: float, before: float) -> str:
-    return f"{100 * share:.1f} % of the held-out images right, the suspicious network {100 * before:.1f}"
 
 
 def _withstanding(
