@@ -64,8 +64,8 @@ def clean(
         channels: 3 for colour, 1 for grey.
         mean: of the normalisation that the network expects; ``None`` for a network that takes images in [0, 1].
         std: likewise.
-        max_loss: clean accuracy that may be lost.
-        teacher_steps: optimiser steps of the teacher.
+        max_loss: clean accuracy that may be lost; the teacher may lose 1.75 times as much.
+        teacher_steps: optimiser steps of each teacher that is tried.
         student_steps: optimiser steps of the alignment.
         scan: whether to scan before and after.
         trust_classes: go on though the network is right on fewer than half of the images.

@@ -68,7 +68,7 @@ def clean_command(
         padding: largest shift in training, in pixels.
         num_workers: processes that read images which do not fit into memory.
         max_loss: clean accuracy that may be lost; a network that lost more is rejected (exit status 3).
-        teacher_steps: steps of the teacher.
+        teacher_steps: steps of each teacher that is tried.
         student_steps: steps of the alignment.
         scan: scan before and after.
         trust_classes: go on though the network is right on fewer than half of the images.
