@@ -31,14 +31,15 @@ from nba_lightning.training.distillation import Distillation
 from nba_lightning.training.sweep import (
     RATES,
     STUDENT_SHARE,
-    TEACHERS_LOSS,
     allowed_loss,
     keeps,
     most_accurate,
     next_rate,
     strongest_rate,
+    teachers_loss,
     usual_optimizer,
 )
+from nba_lightning.training.verification import Verification
 
 TEACHERS = {"NBA": "teacher", "NAD": "fine_tuning"}
 """The configuration that makes the teacher of each method."""
@@ -202,12 +203,13 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     asked, cost, teachers = lengthened(teacher_config(found), subject.images), Kept(None), dict[float, Kept]()
     images = len(subject.datamodule.partition.validation)
     baseline = held_out_accuracy(subject.loaded(subject.weights), subject.datamodule)
-    for max_loss in (TEACHERS_LOSS * MAX_LOSS, MAX_LOSS):
+    verified = subject.images >= Verification().least_images
+    for max_loss in (teachers_loss(MAX_LOSS, verified), MAX_LOSS):
         teacher = swept(args, asked, subject, max_loss, teachers)
         _check(teacher)
         rate = taken(args, found, subject, teachers, teacher)
-        if rate == cost.sweeps.get("FineTuning", {}).get("taken"):
-            break
+        if rate >= cost.sweeps.get("FineTuning", {}).get("taken", math.inf):
+            break  # there is none that is gentler
         given = taught_by(found, teachers[rate])
         student = kept_fit(args, at_rate(given, STUDENT_SHARE * rate, subject), subject)
         _check(student)

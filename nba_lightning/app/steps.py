@@ -22,6 +22,7 @@ from nba_lightning.core.paired import Paired
 from nba_lightning.data.owner import CleanImages
 from nba_lightning.io.weights import load_weights
 from nba_lightning.training.sweep import teachers_loss
+from nba_lightning.training.verification import Verification
 
 _NEXT = "Give more clean images, or allow a larger `max_loss`; or try another seed."
 
@@ -95,9 +96,9 @@ class Cleaning:
     def teach(self, steps: int) -> dict[str, Any]:
         """Make the teacher; ``tried`` says which rates were not taken, and why.
 
-        It may lose more accuracy than the cleaned network, since the student learns a part of it back.
+        It may lose more accuracy than the cleaned network where the student will learn a part of it back.
         """
-        may_lose = teachers_loss(self.max_loss)
+        may_lose = self._teachers_loss()
         say("4/6  The teacher: a copy of the network, fine-tuned on the clean images", self.show)
         if len(self.data.held_out):
             most = f"{100 * may_lose:.1f} points of accuracy at most"
@@ -122,8 +123,11 @@ class Cleaning:
         told[first] += "a gentler one was looked for that lost no more than the cleaned network may."
         return {**take_teacher(found, self.chain), "tried": [told[rate] for rate in sorted(told, reverse=True)]}
 
+    def _teachers_loss(self) -> float:
+        return teachers_loss(self.max_loss, len(self.data.training) >= Verification().least_images)
+
     def _fit_teacher(self, steps: int, may_lose: float) -> tuple[dict[str, Any], dict[float, str]]:
-        fitted = teachers_loss(self.max_loss)  # the same fits, whatever is asked of them
+        fitted = self._teachers_loss()  # the same fits, whatever is asked of them
         return fit_teacher(
             self.network,
             lambda name: self._link(name, steps, fitted),

@@ -60,9 +60,14 @@ def allowed_loss(baseline: float, images: int, max_loss: float = 0.05) -> float:
     return max(max_loss, math.sqrt(share * (1 - share) / (images + 4)))
 
 
-def teachers_loss(max_loss: float) -> float:
-    """What NBA's teacher may lose where the cleaned network may lose ``max_loss``; both in [0, 1]."""
-    return min(1.0, TEACHERS_LOSS * max_loss)
+def teachers_loss(max_loss: float, verified: bool = True) -> float:
+    """What NBA's teacher may lose where the cleaned network may lose ``max_loss``, in [0, 1].
+
+    Args:
+        max_loss: what the owner can do without, in [0, 1].
+        verified: whether there are images enough for verification; else the teacher is what is handed over.
+    """
+    return min(1.0, TEACHERS_LOSS * max_loss) if verified else max_loss
 
 
 def keeps(accuracy: float, baseline: float, images: int, max_loss: float = 0.05) -> bool:

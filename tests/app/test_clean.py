@@ -143,7 +143,7 @@ def test_a_teacher_that_lost_too_much_gives_way_to_a_smaller_rate(owner, monkeyp
     assert found["chosen"]["teacher_rate"] == 0.05
     assert not any("fine-tuned" in warning for warning in found["warnings"])  # it is a choice, no warning
     said = found["chosen"]["reasons"]["teacher_rate"]
-    assert said.startswith("The strongest of those tried that cost at most 8.8 points of accuracy on held-out ")
+    assert said.startswith("The strongest of those tried that cost at most 5.0 points of accuracy on held-out ")
     assert said.endswith(
         "A teacher fine-tuned at rate 0.1 was not taken: it lost too much accuracy (0.0 % of the held-out images "
         "right, the suspicious network 100.0). A teacher fine-tuned at rate 0.025 was not taken: nothing shows that "
@@ -162,7 +162,7 @@ def test_without_any_good_teacher_nothing_is_aligned(owner, monkeypatch):
     assert end.value.code == 3
     assert sorted(path.name for path in Path("cleaned").glob("*.safetensors")) == ["rejected.safetensors"]
     assert report()["weights"]["reason"].startswith("The teacher lost too much")
-    assert report()["weights"]["reason"].endswith("more than the 8.8 points that it may lose.")  # 5.0 were asked for
+    assert report()["weights"]["reason"].endswith("more than the 5.0 points that it may lose.")  # 5.0 were asked for
     assert "is kept" not in report()["weights"]["next"]  # what was rejected is the teacher
 
 
@@ -175,7 +175,7 @@ def test_a_rate_at_which_the_loss_becomes_infinite_is_not_taken(owner, monkeypat
     monkeypatch.setattr(teachers, "FineTuning", Endless)
     main([*COMMAND, "--progress=true"])
     said = capsys.readouterr().out
-    assert "is the strongest learning rate that costs 8.8 points of accuracy at most, in up to three fits" in said
+    assert "is the strongest learning rate that costs 5.0 points of accuracy at most, in up to three fits" in said
     assert "  rate 0.025: 100.0 % of the held-out images right, the suspicious network 100.0: affordable\n" in said
     assert "  rate 0.2: the loss became infinite\n5/6  The student: the network, aligned with the teacher of" in said
     assert "passes over 72 images; so few verify nothing, so that the teacher will be kept\n" in said
