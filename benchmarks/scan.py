@@ -13,7 +13,6 @@ The report takes the references of the conformal rule from clean networks with a
 
 import argparse
 import copy
-import gzip
 import hashlib
 import json
 import time
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 import common
 import torch
 from common import build, config, merged, quiet, run_cells, trainer
+from extra_sources import FashionMNIST
 from scan_report import null, report
 from torch import nn
 
@@ -56,24 +56,6 @@ class Network(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.data}-{self.attack}-{self.seed}"
-
-
-class FashionMNIST(Source):
-    """The four ``*-ubyte.gz`` files as they are published, as in Debian's package ``dataset-fashion-mnist``."""
-
-    def __init__(self, root: str) -> None:
-        self.root = Path(root)
-
-    def load(self) -> tuple[LabeledImages, LabeledImages]:
-        return self._part("train"), self._part("t10k")
-
-    def _part(self, part: str) -> MemoryImages:
-        images, labels = (self._bytes(part, *which) for which in (("images-idx3", 16), ("labels-idx1", 8)))
-        return MemoryImages(images.view(-1, 1, 28, 28), labels)
-
-    def _bytes(self, part: str, kind: str, header: int) -> torch.Tensor:
-        content = gzip.decompress((self.root / f"{part}-{kind}-ubyte.gz").read_bytes())
-        return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).clone()
 
 
 class Drawn(Source):
