@@ -10,13 +10,13 @@ from torch import nn
 from nba_lightning import ANP
 from nba_lightning.core.randomness import generator_for
 from nba_lightning.networks import SmallCNN
-from tests.helpers import batch, cross_entropy, lively, ready
+from tests.helpers import batch, cross_entropy, lively, normalised_by_hand, norms_of, ready
 
 
 def scaled(network, masks, deltas, xis):
     """A copy of a network whose BatchNorm weights and biases are changed in place."""
     changed = copy.deepcopy(network)
-    norms = [module for module in changed.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = norms_of(changed)
     with torch.no_grad():
         for norm, mask, delta, xi in zip(norms, masks, deltas, xis, strict=True):
             norm.weight.mul_(mask + delta)
@@ -85,29 +85,10 @@ def test_anp_leaves_weights_alone_while_it_trains_masks(network, clean_digits, t
 
 def forward_by_hand(network, masks, deltas, xis, images):
     """Logits where every BatchNorm is written out, its weight times m + delta and its bias times 1 + xi."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-
-    def replace(norm, weight, bias):
-        def hook(module, inputs, output):
-            x, shape = inputs[0], (1, -1, 1, 1)
-            if norm.training:
-                mean, variance = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), unbiased=False)
-            else:
-                mean, variance = norm.running_mean, norm.running_var
-            scaled = (x - mean.view(shape)) / (variance.view(shape) + norm.eps) ** 0.5
-            return scaled * weight.view(shape) + bias.view(shape)
-
-        return norm.register_forward_hook(hook)
-
-    handles = [
-        replace(norm, norm.weight.detach() * (mask + delta), norm.bias.detach() * (1 + xi))
-        for norm, mask, delta, xi in zip(norms, masks, deltas, xis, strict=True)
-    ]
-    try:
-        return network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    norms = norms_of(network)
+    weights = [norm.weight.detach() * (m + d) for norm, m, d in zip(norms, masks, deltas, strict=True)]
+    biases = [norm.bias.detach() * (1 + xi) for norm, xi in zip(norms, xis, strict=True)]
+    return normalised_by_hand(network, images, weights, biases)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -8,30 +8,15 @@ from torch import nn
 
 from nba_lightning import BAN
 from nba_lightning.core.randomness import generator_for
-from tests.helpers import batch, cross_entropy, lively, ready
+from tests.helpers import batch, cross_entropy, lively, normalised_by_hand, norms_of, ready
 
 
 def forward_by_hand(network, noise, images):
     """Logits where every BatchNorm is written out, its weight and its bias times 1 + noise."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-
-    def replace(norm, delta, xi):
-        def hook(module, inputs, output):
-            x, shape = inputs[0], (1, -1, 1, 1)
-            mean, variance = norm.running_mean, norm.running_var
-            if norm.training:
-                mean, variance = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), unbiased=False)
-            scaled = (x - mean.view(shape)) / (variance.view(shape) + norm.eps) ** 0.5
-            return scaled * (norm.weight * (1 + delta)).view(shape) + (norm.bias * (1 + xi)).view(shape)
-
-        return norm.register_forward_hook(hook)
-
-    handles = [replace(*triple) for triple in zip(norms, noise[::2], noise[1::2], strict=True)]
-    try:
-        return network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    norms = norms_of(network)
+    weights = [norm.weight * (1 + delta) for norm, delta in zip(norms, noise[::2], strict=True)]
+    biases = [norm.bias * (1 + xi) for norm, xi in zip(norms, noise[1::2], strict=True)]
+    return normalised_by_hand(network, images, weights, biases)
 
 
 @pytest.mark.parametrize("training", [False, True])
