@@ -203,7 +203,7 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     asked, cost, teachers = lengthened(teacher_config(found), subject.images), Kept(None), dict[float, Kept]()
     images = len(subject.datamodule.partition.validation)
     baseline = held_out_accuracy(subject.loaded(subject.weights), subject.datamodule)
-    verified = subject.images >= Verification().least_images
+    verified = Verification().can_tell(subject.images)
     for max_loss in (teachers_loss(MAX_LOSS, verified), MAX_LOSS):
         teacher = swept(args, asked, subject, max_loss, teachers)
         _check(teacher)

@@ -33,7 +33,7 @@ def reasons(
         max_loss: accuracy that the cleaned network may lose.
     """
     training = len(data.training)
-    verified = training >= Verification().least_images
+    verified = Verification().can_tell(training)
     swept = _SWEPT.format(100 * teachers_loss(max_loss, verified), _MORE if verified else "")
     known = {
         "optimiser": _OPTIMISERS.get(chosen["optimiser"]),

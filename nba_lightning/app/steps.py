@@ -124,7 +124,7 @@ class Cleaning:
         return {**take_teacher(found, self.chain), "tried": [told[rate] for rate in sorted(told, reverse=True)]}
 
     def _teachers_loss(self) -> float:
-        return teachers_loss(self.max_loss, len(self.data.training) >= Verification().least_images)
+        return teachers_loss(self.max_loss, Verification().can_tell(len(self.data.training)))
 
     def _fit_teacher(self, steps: int, may_lose: float) -> tuple[dict[str, Any], dict[float, str]]:
         fitted = self._teachers_loss()  # the same fits, whatever is asked of them

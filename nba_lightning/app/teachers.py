@@ -142,7 +142,7 @@ def _withstanding(
     """The rates of the teachers that withstand what the strongest one, the first, withstands."""
     device = link.places.device()
     rates, verification = list(files), Verification()
-    if len(rates) == 1 or len(link.data.training) < verification.least_images:
+    if len(rates) == 1 or not verification.can_tell(len(link.data.training)):
         return rates[:1]
     passes = verification.search.passes(link.data.num_classes, len(link.data.training), len(rates))
     say(f"  do gentler teachers withstand as much? At most {passes:,} passes of an image", show)

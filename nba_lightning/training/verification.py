@@ -79,10 +79,14 @@ class Verification:
         self.rates: dict[str, list[float]] = {}
         self.sentence = ""
 
+    def can_tell(self, images: int) -> bool:
+        """Whether so many clean images tell enough; of fewer the teacher is kept and nothing is looked for."""
+        return images >= self.least_images
+
     def passes_of_images(self, classes: int, images: int) -> int:
         """What it costs at most, for a network of so many classes and so many clean images; as ``Search.passes``."""
-        if images < self.least_images:
-            return 0  # nothing is looked for
+        if not self.can_tell(images):
+            return 0
         return self.search.passes(classes, images, len(self.shares) + len(self.direct))
 
     def keep(
@@ -112,7 +116,7 @@ class Verification:
             r of what is kept; 0 if it is the teacher.
         """
         seen = one_pass * len(next(batches))
-        if seen < self.least_images:
+        if not self.can_tell(seen):
             set_between(student, teacher.state_dict(), teacher.state_dict(), 0.0)
             self.sentence = (
                 "Verified: nothing of the suspicious network is kept, what is left is the teacher; "
@@ -167,7 +171,7 @@ class Verification:
         Returns:
             Their places in ``teachers``, 0 among them.
         """
-        if len(teachers) == 1 or one_pass * len(next(batches)) < self.least_images:
+        if len(teachers) == 1 or not self.can_tell(one_pass * len(next(batches))):
             return [0]
         evidence = self.search(suspicious, teachers[0], batches, one_pass, generator)
         if not bool(evidence.suspects.any()):
