@@ -201,8 +201,7 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     comes of it lost too much, a teacher that did not takes its place.
     """
     asked, cost, teachers = lengthened(teacher_config(found), subject.images), Kept(None), dict[float, Kept]()
-    images = len(subject.datamodule.partition.validation)
-    baseline = held_out_accuracy(subject.loaded(subject.weights), subject.datamodule)
+    images, baseline = len(subject.datamodule.partition.validation), accuracy_of(subject, subject.weights)
     verified = Verification().can_tell(subject.images)
     for max_loss in (teachers_loss(MAX_LOSS, verified), MAX_LOSS):
         teacher = swept(args, asked, subject, max_loss, teachers)
@@ -216,8 +215,7 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
         cost.add(teacher)
         cost.add(student)
         cost.path = student.path
-        accuracy = held_out_accuracy(subject.loaded(Path(str(student.path))), subject.datamodule)
-        if keeps(accuracy, baseline, images, MAX_LOSS):
+        if keeps(accuracy_of(subject, str(student.path)), baseline, images, MAX_LOSS):
             break
     return cost
 
@@ -244,9 +242,7 @@ def taken(
     if len(kept) > 1:
         strongest.passes += module.verification.search.passes(data.num_classes, len(images), len(kept))
     told["withstand"] = [kept[place] for place in places]
-    told["taken"] = most_accurate(
-        {rate: held_out_accuracy(networks[kept.index(rate)], data) for rate in told["withstand"]}
-    )
+    told["taken"] = most_accurate({kept[place]: held_out_accuracy(networks[place], data) for place in places})
     return float(told["taken"])
 
 
@@ -300,15 +296,15 @@ def swept(
         fits: of another sweep, by rate, whose cost is counted there; new ones are added.
     """
     fits = {} if fits is None else fits
-    images = len(subject.datamodule.partition.validation)
-    baseline = held_out_accuracy(subject.loaded(subject.weights), subject.datamodule)
+    images, baseline = len(subject.datamodule.partition.validation), accuracy_of(subject, subject.weights)
     accuracies, cost, kept = dict[float, float](), Kept(None), dict[float, bool]()
-    while (rate := next_rate(rates(found, subject), kept)) is not None:
+    choices = rates(found, subject)
+    while (rate := next_rate(choices, kept)) is not None:
         if rate not in fits:
             fits[rate] = kept_fit(args, at_rate(found, rate, subject), subject)
             cost.add(fits[rate])
         path = fits[rate].path
-        accuracies[rate] = 0.0 if path is None else held_out_accuracy(subject.loaded(Path(path)), subject.datamodule)
+        accuracies[rate] = 0.0 if path is None else accuracy_of(subject, path)
         kept[rate] = keeps(accuracies[rate], baseline, images, max_loss)
     chosen = strongest_rate(accuracies, baseline, images, max_loss)
     told = {"chosen": chosen, "accuracies": {f"{rate:g}": round(accuracies[rate], 4) for rate in sorted(kept)[::-1]}}
@@ -341,6 +337,11 @@ def _adaptive(found: Any, subject: Subject) -> bool:
 
 def _kind(found: Any) -> str:
     return str(found["model"]["class_path"].rpartition(".")[2])
+
+
+def accuracy_of(subject: Subject, weights: str | Path) -> float:
+    """Accuracy of a file's weights on the clean images that the defender holds out."""
+    return held_out_accuracy(subject.loaded(Path(weights)), subject.datamodule)
 
 
 @torch.no_grad()
