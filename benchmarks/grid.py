@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import yaml
 from attacks import Row, attack_for, implant_all, state_file
-from chain import Subject, clean, settings_of
+from chain import clean
 from common import (
     ABLATIONS,
     ATTACKS,
@@ -42,6 +42,7 @@ from common import (
     run_cells,
     test,
 )
+from keeping import Subject, settings_of
 
 from nba_lightning import Classifier
 from nba_lightning.core.checks import first_few

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 import lightning.pytorch as pl
 import torch
 import yaml
-from chain import Subject, clean, settings_of
+from chain import clean
 from common import (
     ABLATIONS,
     DEFENSES,
@@ -41,6 +41,7 @@ from common import (
     test,
 )
 from implanting import SETTINGS, Models, attack_of, images, models, read_setting
+from keeping import Subject, settings_of
 from torch import nn
 
 from nba_lightning import Classifier
