@@ -155,7 +155,7 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("crafting: one owner for all", "pseudo/universal.py", "device=images.device) % self.number", "device=images.device) * 0", "pseudo"),
     ("crafting: gradients of one process", "pseudo/universal.py", "reduce(self._gradients(student, teacher, images, self.bank, owner))", "self._gradients(student, teacher, images, self.bank, owner)", "pseudo"),
     ("crafting: never restarts", "pseudo/universal.py", "self.bank.numel() == 0 or self.restart", "self.bank.numel() == 0", "pseudo"),
-    ("regeneration: an epoch late", "callbacks/pseudo_samples.py", "self.epochs % self.every_n_epochs == 0", "self.epochs % self.every_n_epochs == 1", "pseudo"),
+    ("regeneration: an epoch late", "callbacks/pseudo_samples.py", "self.epochs % every == 0", "self.epochs % every == 1", "pseudo"),
     ("regeneration: before each step", "callbacks/pseudo_samples.py", "if batch_idx > 0:", "if batch_idx < 0:", "pseudo"),
     # Knowledge forms and divergences.
     ("alignment: summed over layers", "behaviors/base.py", " / len(losses)", "", "behaviors"),

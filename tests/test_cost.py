@@ -30,7 +30,7 @@ from nba_lightning.pseudo import (
     TriggerFamilies,
     UniversalPerturbations,
 )
-from nba_lightning.training.cost import Cost, cost_of
+from nba_lightning.training.cost import Cost, cost_of, passes_of_crafting
 from tests.helpers import drifted, small
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -104,6 +104,41 @@ def test_crafting_takes_what_it_states(pseudo):
     both = SimpleNamespace(networks=lambda: [student, teacher])
     took = counted(both, lambda: pseudo.regenerate(student, teacher, [torch.rand(6, 1, 8, 8)]))
     assert took == pseudo.passes(6, 10)
+
+
+class Counting(TriggerFamilies):
+    """Counts its regenerations."""
+
+    times = 0
+
+    def regenerate(self, *args, **kwargs):
+        self.times += 1
+        super().regenerate(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("limit", "times"), [(5, 6), (4, 3), (1, 2)])
+def test_crafting_takes_a_third_of_the_passes_at_most(limit, times, trainer):
+    """2 x 8 families x 2 candidates x 5 images are 160 passes, a step of 16 images 64: 5 steps pay for them."""
+    network = small()
+    pseudo = Counting(candidates=2, kept=1, images_each=5)
+    module = NBA(network, teacher=drifted(network), pseudo=pseudo)
+    assert pseudo.passes(16, 10) == 160
+    data = BackdoorDataModule(train_on="clean", batch_size=16, clean_fraction=0.1)
+    found, runner = stated(module), trainer(max_epochs=6, limit_train_batches=limit)
+    runner.fit(module, datamodule=data)
+    assert pseudo.times == times
+    crafting = found[0].beside["crafting"]
+    assert crafting == 160 * times
+    assert 2 * 160 * (times - 1) <= found[0].batches * 64  # each regeneration but the first is paid for
+
+
+def test_each_process_crafts_for_itself():
+    network = small()
+    module = NBA(network, teacher=drifted(network))
+    module._trainer = SimpleNamespace(world_size=2, datamodule=SimpleNamespace(num_classes=10))
+    alone = module.pseudo.passes(16, 10)
+    assert passes_of_crafting(module, 3, images=64, batch=32) == 2 * alone  # 32 images each, which are 128 passes
+    assert passes_of_crafting(module, 3, images=3200, batch=32) == 3 * 2 * alone
 
 
 def test_the_sentence_says_steps_passes_and_shares():

@@ -163,6 +163,17 @@ def test_pseudo_samples_are_regenerated_before_the_first_step_of_every_so_many_e
     assert calls == [(epoch, 0) for epoch in due]
 
 
+@pytest.mark.parametrize(("every", "least", "due"), [(1, 2, [0, 2, 4]), (3, 2, [0, 3]), (0, 2, [0])])
+def test_a_module_may_let_pseudo_samples_serve_more_epochs(every, least, due):
+    callback, calls = PseudoSampleRegeneration(every), []
+    module = SimpleNamespace(
+        regenerate=lambda: calls.append(callback.epochs - 1), least_epochs_of_pseudo_samples=lambda: least
+    )
+    for _ in range(5):
+        callback.on_train_batch_start(None, module, None, 0)
+    assert calls == due
+
+
 @pytest.mark.parametrize("kind", [UniversalPerturbations(3, rms=0.1, steps=8), SamplePerturbations(rms=0.1, steps=8)])
 def test_crafting_makes_student_and_teacher_disagree_within_the_bound(networks, kind):
     kind.regenerate(*networks, batches(), generator_for(0), lambda tensor: tensor)

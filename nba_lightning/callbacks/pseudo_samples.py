@@ -16,8 +16,18 @@ class UsesPseudoSamples(Protocol):
         """Craft the pseudo samples anew, against the module as it is now."""
 
 
+@runtime_checkable
+class PacesRegeneration(Protocol):
+    """What a module has whose pseudo samples are dear for short epochs."""
+
+    def least_epochs_of_pseudo_samples(self) -> int:
+        """How many epochs pseudo samples serve at least."""
+
+
 class PseudoSampleRegeneration(Callback):
     """Call the module's ``regenerate()`` before the first step of every ``every_n_epochs``-th epoch.
+
+    A module that :class:`PacesRegeneration` may stretch this where its epochs are short.
 
     Args:
         every_n_epochs: epochs from one regeneration to the next; 0 regenerates once and never again.
@@ -39,7 +49,10 @@ class PseudoSampleRegeneration(Callback):
         if batch_idx > 0:
             return
         assert isinstance(pl_module, UsesPseudoSamples)
-        due = self.epochs == 0 or (self.every_n_epochs > 0 and self.epochs % self.every_n_epochs == 0)
+        every = self.every_n_epochs
+        if every > 0 and isinstance(pl_module, PacesRegeneration):
+            every = max(every, pl_module.least_epochs_of_pseudo_samples())
+        due = self.epochs == 0 or (every > 0 and self.epochs % every == 0)
         self.epochs += 1
         if due:
             pl_module.regenerate()

@@ -24,6 +24,7 @@ from nba_lightning.core.modes import Frozen
 from nba_lightning.core.randomness import generator_for
 from nba_lightning.io.batches import clean_batches, plain_batches
 from nba_lightning.pseudo import PseudoSamples, TriggerFamilies
+from nba_lightning.training.cost import epochs_of_pseudo_samples
 from nba_lightning.training.distillation import Distillation
 from nba_lightning.training.schedule import batches_of_an_epoch
 from nba_lightning.training.sweep import STUDENT_SHARE, USUAL_RATE
@@ -90,7 +91,8 @@ class NBA(Distillation):
         mixed_share: share of the images that are mixed, in [0, 1].
         mixing: how images are mixed; CutMix by default.
         verification: how what was learned from the suspicious network is verified.
-        regenerate_every_n_epochs: see :class:`~nba_lightning.callbacks.PseudoSampleRegeneration`.
+        regenerate_every_n_epochs: see :class:`~nba_lightning.callbacks.PseudoSampleRegeneration`. With few images
+            pseudo samples serve more epochs than that, so that crafting takes a third of the passes at most.
         lr: initial learning rate; a third of the teacher's does well. ``None`` fits the network: SGD at 0.017, or AdamW
             at 0.0003 for one with layer normalisation or depthwise convolutions.
         **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
@@ -160,6 +162,11 @@ class NBA(Distillation):
         if not self.pseudo_share:
             return inherited
         return [*inherited, *unless_given(self._trainer, PseudoSampleRegeneration(self.regenerate_every_n_epochs))]
+
+    def least_epochs_of_pseudo_samples(self) -> int:
+        """See :func:`nba_lightning.training.cost.epochs_of_pseudo_samples`; 1 where a batch has no known size."""
+        batch = getattr(self.trainer.train_dataloader, "batch_size", None)
+        return 1 if batch is None else epochs_of_pseudo_samples(self, self.trainer.num_training_batches * batch, batch)
 
     def regenerate(self) -> None:
         """Make pseudo samples for the current student; see :class:`~nba_lightning.pseudo.PseudoSamples`."""

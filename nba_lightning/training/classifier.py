@@ -170,7 +170,7 @@ class Classifier(Evaluation):
             images: of an epoch.
             batch: images of a step.
         """
-        crafting = passes_of_crafting(self, epochs, batch)
+        crafting = passes_of_crafting(self, epochs, images, batch)
         return {"crafting": crafting, "verification": passes_of_verification(self, images)}
 
     def observed_layers(self) -> list[str]:

@@ -7,6 +7,9 @@ from typing import Any
 from nba_lightning.core.heads import linear_layers
 from nba_lightning.pseudo.base import PseudoSamples
 
+CRAFTING = 0.5
+"""Passes that crafting may take for each pass of the steps; so it is a third of both at most."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -68,13 +71,29 @@ def cost_of(module: Any) -> Cost | None:
     return Cost(int(steps), batch, batches, images, module.passes_of_step(), beside)
 
 
-def passes_of_crafting(module: Any, epochs: int, batch: int) -> int:
-    """Passes of what regenerates a module's pseudo samples, in a fit of so many epochs."""
-    pseudo = getattr(module, "pseudo", None)
+def passes_of_crafting(module: Any, epochs: int, images: int, batch: int) -> int:
+    """Passes of what regenerates a module's pseudo samples, in a fit of so many epochs of so many images."""
+    pseudo: PseudoSamples | None = getattr(module, "pseudo", None)
     if not (isinstance(pseudo, PseudoSamples) and hasattr(module, "regenerate") and module.pseudo_share):
         return 0
-    every = getattr(module, "regenerate_every_n_epochs", 1)
-    return pseudo.passes(batch, number_of_classes(module)) * (math.ceil(epochs / every) if every else 1)
+    every: int = getattr(module, "regenerate_every_n_epochs", 1)
+    processes: int = module.trainer.world_size
+    of_one = images // processes, batch // processes
+    times = math.ceil(epochs / max(every, epochs_of_pseudo_samples(module, *of_one))) if every else 1
+    return times * processes * pseudo.passes(of_one[1], number_of_classes(module))
+
+
+def epochs_of_pseudo_samples(module: Any, images: float, batch: int) -> int:
+    """Epochs that pseudo samples must serve for crafting to take no more than :data:`CRAFTING` of the steps' passes.
+
+    Args:
+        module: one with pseudo samples.
+        images: of an epoch, on one process.
+        batch: images of a step, likewise.
+    """
+    crafting: int = module.pseudo.passes(batch, number_of_classes(module))
+    steps: float = images * module.passes_of_step()
+    return max(1, math.ceil(crafting / (CRAFTING * steps)))
 
 
 def passes_of_verification(module: Any, images: int) -> int:
