@@ -146,6 +146,7 @@ class NBA(Distillation):
             raise expected("layers", f"at least {self.behavior.min_layers} for {type(self.behavior).__name__}", layers)
         self.suspicious = Frozen(model) if terms.suspicious else None
         self.register_buffer("accepted", torch.tensor(-1.0))
+        self._seen: list[dict[str, Tensor]] = []
 
     def setup(self, stage: str) -> None:
         """As usual; a fit begins with the teacher's weights."""
@@ -192,9 +193,21 @@ class NBA(Distillation):
         logits, observed = features(self.model, self._perturbed(images, generator), self.layers)
         terms = self._terms(images, labels[:plain], logits, observed)
         loss = torch.stack(list(terms.values())).sum()
-        self.log_dict({f"train/{name}": value for name, value in terms.items()})
+        self._seen.append({name: value.detach() for name, value in terms.items()})
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def on_train_start(self) -> None:
+        """As usual; and forget the terms of a fit that broke off."""
+        super().on_train_start()
+        self._seen = []
+
+    def on_train_epoch_end(self) -> None:
+        """Log the mean of each term over the epoch; in each step it would cost as much as a small network does."""
+        for name in self._seen[0] if self._seen else ():
+            mean = torch.stack([step[name] for step in self._seen if name in step]).mean()
+            self.log(f"train/{name}", mean, sync_dist=True)
+        self._seen = []
 
     def _terms(self, images: Tensor, labels: Tensor, logits: Tensor, observed: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each term times its weight, for the student's logits and features on pseudo samples of ``images``."""

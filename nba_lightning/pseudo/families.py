@@ -146,17 +146,15 @@ class Frequencies(_Added):
         channels, height, width = pool.shape[1:]
         draw = _Draw(number, pool, generator)
         blocks = 1 + 3 * (draw.uniform(0.0, 1.0, 1) < 0.5).to(pool)
-        field = torch.zeros(number, channels, height, width, device=pool.device)
-        for term in range(3):
-            waves = []
-            for side in (height, width):
-                size = (side / blocks).floor().clamp(min=2.0)
-                order = (draw.uniform(0.0, 1.0, 1) * size).floor()
-                place = torch.arange(side, device=pool.device) % size
-                waves.append(torch.cos(math.pi * (2 * place + 1) * order / (2 * size)))
-            on = draw.uniform(0.0, 1.0, 1, 1, 1) < (1.0 if term == 0 else 0.5)
-            gains = draw.uniform(-1.0, 1.0, channels, 1, 1) * on
-            field = field + gains * waves[0][:, None, :, None] * waves[1][:, None, None, :]
+        waves = []
+        for side in (height, width):
+            size = (side / blocks).floor().clamp(min=2.0)
+            order = (draw.uniform(0.0, 1.0, 3) * size).floor()[..., None]
+            place = (torch.arange(side, device=pool.device) % size)[:, None]
+            waves.append(torch.cos(math.pi * (2 * place + 1) * order / (2 * size[..., None])))
+        on = draw.uniform(0.0, 1.0, 3) < torch.tensor([1.0, 0.5, 0.5], device=pool.device)
+        gains = draw.uniform(-1.0, 1.0, channels, 3) * on[:, None]
+        field = (gains[..., None] * waves[0][:, None]).transpose(2, 3) @ waves[1][:, None]
         return {"field": _peaked(field) * draw.uniform(0.02, 0.2, 1, 1, 1)}
 
 
@@ -238,7 +236,7 @@ class _Draw:
             torch.cos(math.pi * orders[:, None] * (torch.arange(side, device=self.pool.device) + 0.5) / side)
             for side in self.pool.shape[2:]
         ]
-        return _peaked(torch.einsum("ncij,ih,jw->nchw", gains, *waves))
+        return _peaked(waves[0].T @ gains @ waves[1])
 
 
 def _peaked(field: Tensor) -> Tensor:

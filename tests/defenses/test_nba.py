@@ -218,3 +218,20 @@ def test_a_backdoor_that_was_fine_tuned_in_does_not_come_back(fine_tuned_in, tra
     assert rates(trainer, trusting.model, data)[1] > taught[1] + 0.08  # it does come back where nobody verifies
     assert rates(trainer, module.model, data)[1] < taught[1] + 0.04
     assert float(module.accepted) < 1.0
+
+
+def test_each_term_is_logged_as_its_mean_over_the_epoch(network, clean_digits, trainer):
+    class Noting(NBA):
+        def _terms(self, *args):
+            found = super()._terms(*args)
+            seen.append({name: float(value.detach()) for name, value in found.items()})
+            return found
+
+    seen, module = [], Noting(network, teacher=small())
+    runner = trainer(max_epochs=2)
+    runner.fit(module, clean_digits)
+    last = seen[len(seen) // 2 :]
+    assert len(last) == runner.num_training_batches > 1
+    for name in ("suspicious", "alignment"):
+        mean = sum(step[name] for step in last) / len(last)
+        assert float(runner.callback_metrics[f"train/{name}"]) == pytest.approx(mean, rel=1e-5)
