@@ -79,6 +79,11 @@ def _peak() -> float:
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else _process("VmHWM")
 
 
+def process_memory() -> float:
+    """Memory of this process now (MiB)."""
+    return _process("VmRSS")
+
+
 def _process(field: str) -> float:
     """A field of the process's status (MiB); nan where the system has none."""
     with suppress(OSError, StopIteration):

@@ -77,3 +77,16 @@ def test_the_generator_decides(augment):
     images = torch.rand(16, 3, 32, 32)
     torch.testing.assert_close(augment(images, generator_for(1)), augment(images, generator_for(1)))
     assert not torch.equal(augment(images, generator_for(1)), augment(images, generator_for(2)))
+
+
+@pytest.mark.parametrize("side", [8, 70])
+def test_8_bits_are_moved_as_floats_are(side):
+    images = torch.randint(0, 256, (6, 3, side, side), dtype=torch.uint8)
+    found = RandomCropFlip(2)(images, generator_for(0))
+    assert found.dtype == torch.uint8
+    assert torch.equal(found.float(), RandomCropFlip(2)(images.float(), generator_for(0)))
+
+
+def test_a_single_image_is_no_batch():
+    with pytest.raises(ValueError, match="`images` to be a batch"):
+        RandomCropFlip()(torch.rand(3, 8, 8))

@@ -122,6 +122,28 @@ def test_clean_training_sees_no_poison_and_augments_the_same_again():
     assert not torch.equal(first, raw.images.float() / 255)
 
 
+class OnFloats(RandomCropFlip):
+    """Somebody's own augmentation: what it may do to 8 bits is not known."""
+
+    def forward(self, images, generator=None):
+        assert images.is_floating_point()
+        assert images.max() <= 1
+        return super().forward(images, generator)
+
+
+@pytest.mark.parametrize("train_on", ["clean", "poisoned"])
+def test_crops_of_8_bits_are_those_of_floats(train_on):
+    found = []
+    for augment in (RandomCropFlip(1), OnFloats(1)):
+        data = BackdoorDataModule(attack=BadNets(), train_on=train_on, batch_size=16, augment=augment)
+        data.setup("fit")
+        data.trainer = Attached()
+        found.append(data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0).images)
+    assert torch.equal(*found)
+    assert found[0].dtype == torch.float32
+    assert 0.5 < float(found[0].max()) <= 1
+
+
 def test_triggered_evaluation_leaves_the_target_out():
     data = BackdoorDataModule(attack=BadNets(target=4), augment=RandomCropFlip(1))
     data.setup("test")

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nba_lightning.core.checks import check_at_least, check_image_batch
+from nba_lightning.core.checks import check_at_least, check_image_batch, expected
 
 _SLICED_FROM = 64 * 64
 """Pixels from which, on the CPU, a slice of each image beats one gather of the batch, whose index is int64."""
@@ -18,6 +18,9 @@ class RandomCropFlip(nn.Module):
     Args:
         padding: largest shift in pixels; ``None`` means an eighth of the height (4 at 32 pixels).
         flip: mirror left and right with probability 1/2.
+
+    Raises:
+        ValueError: for images of another number of axes.
     """
 
     def __init__(self, padding: int | None = None, flip: bool = True) -> None:
@@ -31,13 +34,14 @@ class RandomCropFlip(nn.Module):
         """Augment a batch.
 
         Args:
-            images: `(B, C, H, W)`, float.
+            images: `(B, C, H, W)`, of any type.
             generator: source of the offsets, on the images' device.
 
         Returns:
-            `(B, C, H, W)`.
+            `(B, C, H, W)`, of the same type.
         """
-        check_image_batch("images", images)
+        if images.ndim != 4:
+            raise expected("images", "a batch (B, C, H, W)", f"shape {tuple(images.shape)}")
         batch, channels, height, width = images.shape
         padding = height // 8 if self.padding is None else self.padding
         device = images.device

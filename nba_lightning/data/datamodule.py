@@ -14,7 +14,7 @@ from nba_lightning.core.augmentation import RandomCropFlip
 from nba_lightning.core.checks import check_at_least, check_choice, check_range, expected
 from nba_lightning.core.metrics import IGNORE_LABEL
 from nba_lightning.data.dataset import Batches, LabeledImages, ReplacedImages
-from nba_lightning.data.loading import SeededLoading
+from nba_lightning.data.loading import SeededLoading, in_unit_range
 from nba_lightning.data.partition import Partition, draw_partition
 from nba_lightning.data.sources import Digits, Source
 from nba_lightning.io.attack_state import attack_name
@@ -213,9 +213,9 @@ class BackdoorDataModule(SeededLoading):
         """To float, trigger and relabel, augment; whole batches, on the device, as the batch itself says."""
         if not isinstance(batch, Batch) or batch.images.dtype != torch.uint8:
             return batch  # a loader that is not ours
-        images, labels = batch.images.float().div_(255), batch.labels
+        images, labels = batch.images, batch.labels
         if batch.stage == "evaluate":
-            ready = replace(batch, images=images)
+            ready = replace(batch, images=in_unit_range(images))
             ready = ready if batch.roles is None else self._triggered(ready)
             return replace(ready, images=self._converted(ready.images))
         if batch.roles is not None and self.train_on == "poisoned":
@@ -223,9 +223,8 @@ class BackdoorDataModule(SeededLoading):
             generator = self._generator(7, batch) if attack.cross_ratio else None
             assert labels is not None
             with torch.no_grad():
-                images, labels = attack.poison(images, labels, batch.roles, generator, batch.places)
-        if self.augment is not None:
-            images = self.augment(images, self._generator(3, batch))
+                images, labels = attack.poison(in_unit_range(images), labels, batch.roles, generator, batch.places)
+        images = self._augmented(images, self.augment, batch)
         return replace(batch, images=self._converted(images), labels=labels)
 
     def _triggered(self, batch: Batch) -> Batch:

@@ -4,13 +4,19 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nba_lightning.core.augmentation import RandomCropFlip
 from nba_lightning.core.randomness import generator_for
 from nba_lightning.data.dataset import Batches
 from nba_lightning.data.sampler import BatchLoader, SeededSampler
 from nba_lightning.io.batches import Batch
+
+
+def in_unit_range(images: Tensor) -> Tensor:
+    """Images as float in [0, 1]: 8 bits are divided by 255, floats stay."""
+    return images if images.is_floating_point() else images.float().div_(255)
 
 
 def _identity(batch: Any) -> Any:
@@ -61,6 +67,13 @@ class SeededLoading(pl.LightningDataModule):
             return images
         converted: Tensor = self.trainer.precision_plugin.convert_input(images)
         return converted
+
+    def _augmented(self, images: Tensor, augment: nn.Module | None, batch: Batch) -> Tensor:
+        """Images of a training batch, uint8 or in [0, 1], as floats in [0, 1] that are augmented."""
+        early = type(augment) is RandomCropFlip  # only moves values, so it does the same on a quarter of the memory
+        images = images if early else in_unit_range(images)
+        images = images if augment is None else augment(images, self._generator(3, batch))
+        return in_unit_range(images)
 
     def _generator(self, key: int, batch: Batch) -> torch.Generator:
         return generator_for(self.order_seed, key, *batch.draw, device=batch.images.device)

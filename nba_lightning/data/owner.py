@@ -16,7 +16,7 @@ from nba_lightning.data.dataset import Batches, LabeledImages
 from nba_lightning.data.disk import DiskImages
 from nba_lightning.data.folder import Files, check_names
 from nba_lightning.data.listing import listed
-from nba_lightning.data.loading import SeededLoading
+from nba_lightning.data.loading import SeededLoading, in_unit_range
 from nba_lightning.data.partition import stratified_split
 from nba_lightning.data.sources import in_memory_if_small
 from nba_lightning.io.batches import Batch
@@ -207,9 +207,8 @@ class CleanImages(SeededLoading):
         """To float in [0, 1]; training images are augmented. Whole batches, on the device."""
         if not isinstance(batch, Batch) or batch.images.dtype != torch.uint8:
             return batch  # a loader that is not ours
-        images = batch.images.float().div_(255)
-        if batch.stage == "train":
-            images = self.augment(images, self._generator(3, batch))
+        train = batch.stage == "train"
+        images = self._augmented(batch.images, self.augment, batch) if train else in_unit_range(batch.images)
         return replace(batch, images=self._converted(images))
 
     def images_at(self, indices: Tensor) -> Batch:
