@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from nba_lightning.core.checks import check_range, expected
+from nba_lightning.core.heads import check_head, find_head, linear_layers
 from nba_lightning.core.modes import evaluating
 from nba_lightning.io.batches import held_out_loader, plain_batches
 from nba_lightning.training.defense import Defense
@@ -34,12 +35,14 @@ class FinePruning(Defense):
         model: the suspicious network; its last linear layer takes the features.
         weights: a file with its suspicious weights; ``None`` if ``model`` has them already.
         max_drop: accuracy that pruning may cost, a fraction in [0, 1].
+        head: module path of the last linear layer; ``None`` takes the one that was registered last.
         lr: initial learning rate of the fine-tuning.
         warmup: share of the steps over which the learning rate rises linearly.
         **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
 
     Raises:
-        ValueError: if the network has no linear layer, or ``max_drop`` is out of range.
+        ValueError: if the network has no linear layer, ``head`` is none, or ``max_drop`` is out of range; before the
+            first step, if the network does not answer with the layer's output.
     """
 
     kept: Tensor
@@ -50,16 +53,15 @@ class FinePruning(Defense):
         model: nn.Module,
         weights: str | None = None,
         max_drop: float = 0.04,
+        head: str | None = None,
         lr: float = 0.01,
         warmup: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, weights, lr=lr, warmup=warmup, **kwargs)
         check_range("max_drop", max_drop, 0.0, 1.0)
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        if not linear:
-            raise expected("model", "a network with a linear layer", type(model).__name__)
-        self.max_drop, self.last = max_drop, linear[-1]
+        check_head(model, head, "model")
+        self.max_drop, self.last = max_drop, head if head is not None else list(linear_layers(model))[-1]
         self.register_buffer("kept", torch.ones(self._linear().in_features))
         self.register_buffer("pruned", torch.tensor(False))
 
@@ -100,6 +102,9 @@ class FinePruning(Defense):
         try:
             with evaluating(self.model), self.trainer.precision_plugin.forward_context():
                 for batch in islice(plain_batches(self.trainer, loader), self._limit(loader)):
+                    if not labels:  # an auxiliary classifier may be registered behind the head
+                        find_head(self.model, batch.images[:2], self.last)
+                        caught.clear()
                     self.model(batch.images)
                     labels.append(labels_of(batch))
         finally:

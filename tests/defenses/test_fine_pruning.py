@@ -40,6 +40,30 @@ def test_fine_pruning_cuts_the_sleeping_feature_and_keeps_it_cut(network, traine
         FinePruning(nn.Conv2d(1, 10, 8))
 
 
+class WithAuxiliary(nn.Module):
+    """A second classifier, which only training asks, is registered behind the head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.body, self.fc, self.aux = nn.Sequential(nn.Flatten(), nn.Linear(64, 6)), nn.Linear(6, 10), nn.Linear(6, 10)
+
+    def forward(self, images):
+        features = self.body(images)
+        return self.fc(features) if not self.training else self.fc(features) + 0 * self.aux(features)
+
+
+def test_fine_pruning_prunes_the_layer_that_gives_the_logits_or_none(trainer, clean_digits):
+    with pytest.raises(ValueError, match="Expected `head` to be the linear layer whose output is the network's, but g"):
+        trainer().fit(FinePruning(WithAuxiliary()), clean_digits)
+    module = FinePruning(WithAuxiliary(), head="fc", max_drop=1.0)
+    trainer().fit(module, clean_digits)
+    assert module.kept.sum() == 1
+    assert (module.model.fc.weight[:, module.kept == 0] == 0).all()
+    with pytest.raises(ValueError, match="`head` to be the path of a linear layer"):
+        FinePruning(WithAuxiliary(), head="body")
+
+
 class Look(nn.Module):
     """A network whose features take both signs."""
 
@@ -93,7 +117,7 @@ def test_fine_pruning_looks_at_features_in_eval_mode_and_at_accuracy_as_it_is(ne
     module = ready(FinePruning(Spy(lively(network))), trainer).train()
     images, labels = batch()
     features, found = module._features([(images, labels)])
-    assert module.model.modes == [{False}]
+    assert module.model.modes == [{False}, {False}]  # the first pass looks for the head
     assert {layer.training for layer in network.modules()} == {True}
     assert torch.equal(found, labels)
     network.eval()
