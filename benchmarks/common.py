@@ -143,7 +143,7 @@ def load(args: argparse.Namespace) -> Source:
 
 def data(args: argparse.Namespace, source: Source, attack: Attack | None, **kwargs: Any) -> BackdoorDataModule:
     augment = build(RandomCropFlip, config("data", args.data)["data"]["init_args"]["augment"])
-    return BackdoorDataModule(source, attack, **{"augment": augment, "eval_batch_size": 500, **kwargs})
+    return BackdoorDataModule(source, attack, **{"augment": augment, **kwargs})
 
 
 def trainer(args: argparse.Namespace, epochs: int, **kwargs: Any) -> pl.Trainer:

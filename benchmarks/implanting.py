@@ -54,7 +54,7 @@ def images(setting: Setting, source: Source, attack: Attack | None, **changes: A
     """The images of a setting, all split alike."""
     total = len(source.load()[0])
     augment = None if setting["augment"] is None else RandomCropFlip(**setting["augment"])
-    own: dict[str, Any] = {"augment": augment, "eval_batch_size": 500, "batch_size": BATCH_SIZE}
+    own: dict[str, Any] = {"augment": augment, "batch_size": BATCH_SIZE}
     own |= {"clean_fraction": setting["clean_images"] / total, "validation_fraction": setting["validation_fraction"]}
     return BackdoorDataModule(source, attack, **own | changes)
 

@@ -144,6 +144,18 @@ def test_crops_of_8_bits_are_those_of_floats(train_on):
     assert 0.5 < float(found[0].max()) <= 1
 
 
+@pytest.mark.parametrize(("device", "given", "size"), [("cpu", None, 128), ("meta", None, 512), ("cpu", 40, 40)])
+def test_evaluation_takes_batches_that_suit_the_device(device, given, size):
+    class On(Attached):
+        strategy = type("Strategy", (), {"root_device": torch.device(device)})
+
+    data = BackdoorDataModule(attack=BadNets(), eval_batch_size=given, clean_fraction=0.5, validation_fraction=0.5)
+    data.setup("fit")
+    data.trainer = On()
+    assert {loader.batch_size for loader in data.test_dataloader()} == {size}
+    assert data.held_out_dataloader().batch_size == size
+
+
 def test_triggered_evaluation_leaves_the_target_out():
     data = BackdoorDataModule(attack=BadNets(target=4), augment=RandomCropFlip(1))
     data.setup("test")

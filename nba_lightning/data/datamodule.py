@@ -44,7 +44,7 @@ class BackdoorDataModule(SeededLoading):
             held-out part under either.
         augment: random crop and flip in training; ``None`` for none.
         batch_size: images per batch and process.
-        eval_batch_size: likewise in evaluation.
+        eval_batch_size: likewise in evaluation; ``None`` takes 128 on a CPU and 512 elsewhere.
         num_workers: worker processes for sets read from disk; sets in memory need none.
         seed: seed of the partition: who is poisoned, and which images the defender holds.
         order_seed: seed of the order and the augmentation in training; ``None`` takes ``seed``.
@@ -68,7 +68,7 @@ class BackdoorDataModule(SeededLoading):
         validate_on: Literal["held_out", "test"] = "held_out",
         augment: RandomCropFlip | None = None,
         batch_size: int = 128,
-        eval_batch_size: int = 512,
+        eval_batch_size: int | None = None,
         num_workers: int = 2,
         seed: int = 0,
         order_seed: int | None = None,
@@ -79,7 +79,8 @@ class BackdoorDataModule(SeededLoading):
         check_choice("train_on", train_on, get_args(TrainOn))
         check_choice("validate_on", validate_on, ("held_out", "test"))
         check_at_least("batch_size", batch_size, 2)
-        check_at_least("eval_batch_size", eval_batch_size, 1)
+        if eval_batch_size is not None:
+            check_at_least("eval_batch_size", eval_batch_size, 1)
         check_at_least("num_workers", num_workers, 0)
         self.source = source or Digits()
         self.attack, self.augment = attack, augment
@@ -175,14 +176,14 @@ class BackdoorDataModule(SeededLoading):
         self.attack.restore(saved)
 
     def _evaluation_loaders(self, images: LabeledImages, indices: Tensor) -> list[DataLoader[Any]]:
-        loaders = [self._loader(Batches(images, indices), self.eval_batch_size, shuffle=False)]
+        loaders = [self._evaluation_loader(Batches(images, indices))]
         if self.attack is not None:
             if not self.attack.ready:
                 self._compute_attack(self.attack)
             labels = images.labels[indices]
             indices = indices[self.attack.relabel(labels) != labels]
             triggered = Batches(images, indices, torch.full((len(indices),), POISONED, dtype=torch.uint8))
-            loaders.append(self._loader(triggered, self.eval_batch_size, shuffle=False))
+            loaders.append(self._evaluation_loader(triggered))
         return loaders
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
@@ -207,7 +208,7 @@ class BackdoorDataModule(SeededLoading):
         """The defender's validation part, clean, whatever ``validate_on`` says; ``None`` where there is none."""
         train, _ = self._ready()
         part = self.partition.validation
-        return self._loader(Batches(train, part), self.eval_batch_size, shuffle=False) if len(part) else None
+        return self._evaluation_loader(Batches(train, part)) if len(part) else None
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """To float, trigger and relabel, augment; whole batches, on the device, as the batch itself says."""
