@@ -19,6 +19,7 @@ from nba_lightning.training.sweep import (
     RATES,
     STUDENT_SHARE,
     allowed_loss,
+    gentler_rates,
     keeps,
     most_accurate,
     next_rate,
@@ -79,6 +80,8 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     for max_loss in (teachers_loss(MAX_LOSS, verified), MAX_LOSS):
         teacher = swept(args, asked, subject, max_loss, teachers)
         check_finite(teacher)
+        if verified:
+            try_gentler(args, asked, subject, teachers, teacher)
         rate = taken(args, found, subject, teachers, teacher)
         if rate >= cost.sweeps.get("FineTuning", {}).get("taken", math.inf):
             break  # there is none that is gentler
@@ -91,6 +94,18 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
         if keeps(accuracy_of(subject, str(student.path)), baseline, images, MAX_LOSS):
             break
     return cost
+
+
+def try_gentler(
+    args: argparse.Namespace, found: Any, subject: Subject, teachers: dict[float, Kept], strongest: Kept
+) -> None:
+    """Fit teachers at the rates that the search left out below the strongest, and add what they cost to its cost."""
+    told = strongest.sweeps["FineTuning"]
+    for rate in gentler_rates(rates(found, subject), teachers, told["chosen"]):
+        teachers[rate] = kept_fit(args, at_rate(found, rate, subject), subject)
+        strongest.add(teachers[rate])
+        path = teachers[rate].path
+        told["accuracies"][f"{rate:g}"] = 0.0 if path is None else round(accuracy_of(subject, path), 4)
 
 
 def taken(

@@ -9,6 +9,7 @@ from nba_lightning.training.sweep import (
     RATES,
     USUAL_RATE,
     allowed_loss,
+    gentler_rates,
     keeps,
     next_rate,
     strongest_rate,
@@ -90,6 +91,18 @@ def test_three_fits_find_the_strongest_of_seven_rates(best):
         kept[rate] = best is not None and rate <= best
     assert len(kept) == 3
     assert max((rate for rate, good in kept.items() if good), default=None) == best
+
+
+@pytest.mark.parametrize("best", [*RATES["SGD"], None])
+def test_between_the_strongest_and_the_weakest_that_was_tried_no_rate_is_left_out(best):
+    kept = {}
+    while (rate := next_rate(RATES["SGD"], kept)) is not None:
+        kept[rate] = best is not None and rate <= best
+    strongest = best or min(kept)
+    more = gentler_rates(RATES["SGD"], kept, strongest)
+    assert more == ([0.05] if strongest >= 0.1 else [])
+    between = [rate for rate in RATES["SGD"] if min(kept) <= rate <= strongest]
+    assert set(between) <= {*kept, *more}
 
 
 def test_one_rate_is_tried_once():

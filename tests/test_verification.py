@@ -222,6 +222,27 @@ def test_teachers_that_withstand_what_the_strongest_withstands_may_take_its_plac
     assert withstanding(0.0) == [0]
 
 
+def test_teachers_are_held_to_a_smaller_margin_than_students():
+    asked = []
+
+    class Asked(Verification):
+        def passes(self, network, evidence, name, margin=None):
+            asked.append(margin)
+            return super().passes(network, evidence, name, margin)
+
+    made = Asked(margin=0.5, margin_elsewhere=1.0, search=Search(sizes=(0.1,), steps=20, images=300))
+    evidence = made.search(Net(2000.0), Net(0.0), batches(), 100, generator_for(1))
+    evidence.came_back = lambda network, name: (0.3, 0.0)
+    assert made.passes(Net(0.0), evidence, "student")
+    assert not made.passes(Net(0.0), evidence, "student", 0.01)
+    asked.clear()
+    made.withstanding([Net(0.0), Net(0.0)], Net(2000.0), batches(), 100, generator_for(1))
+    assert asked == [0.01]
+    made = Asked(margin=0.005, search=Search(sizes=(0.1,), steps=20, images=300))
+    made.withstanding([Net(0.0), Net(0.0)], Net(2000.0), batches(), 100, generator_for(1))
+    assert asked == [0.01, 0.005]  # whoever asks students for more asks teachers too
+
+
 def test_where_nothing_tells_teachers_apart_only_the_strongest_is_safe():
     assert withstanding(0.0, 0.0, suspicious=0.0) == [0]  # no class is suspected
     assert withstanding(0.0, 0.0, least_images=100 * 32 + 1) == [0]

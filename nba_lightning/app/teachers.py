@@ -23,6 +23,7 @@ from nba_lightning.pseudo import TriggerFamilies
 from nba_lightning.training.sweep import (
     RATES,
     USUAL_RATE,
+    gentler_rates,
     keeps,
     most_accurate,
     next_rate,
@@ -112,14 +113,22 @@ def fit_teacher(
     """
     kind, tried = usual_optimizer(network), Tried()
     rates = RATES[kind] if held_out else (USUAL_RATE[kind],)
-    while (rate := next_rate(rates, tried.affordable)) is not None:
+
+    def attempt(rate: float) -> Link:
         one = link(f"teacher {rate:g}")
         tried.add(rate, chain.step(one.name, partial(_try, network, one, rate, seed, show)), max_loss)
         remove_file(one.folder / "last.ckpt")  # several times the network on the disk
         say(f"  rate {rate:g}: {tried.verdict(rate)}", show and held_out)
+        return one
+
+    while (rate := next_rate(rates, tried.affordable)) is not None:
+        one = attempt(rate)
     strongest = tried.strongest(max_loss)
     if tried.found[strongest]["file"] is None:
         raise NonFiniteLossError(tried.found[strongest]["sentence"])
+    if Verification().can_tell(len(one.data.training)):
+        for rate in gentler_rates(rates, tried.found, strongest):
+            attempt(rate)
     able = {rate: found["file"] for rate, found in sorted(tried.found.items())[::-1] if rate <= strongest}
     able = {rate: file for rate, file in able.items() if file is not None}
     equal = chain.step(f"equal to {strongest:g}", partial(_withstanding, network, able, one, chain, seed, show))

@@ -101,6 +101,27 @@ def next_rate(rates: Iterable[float], kept: Mapping[float, bool]) -> float | Non
     return left[len(left) // 2] if left else None
 
 
+def gentler_rates(rates: Iterable[float], tried: Iterable[float], strongest: float) -> list[float]:
+    """Rates that a search for the strongest left out, between it and the weakest that was tried.
+
+    NBA's teacher is the most accurate of those that withstand as much, so these are worth a fit too.
+
+    Args:
+        rates: all of the sweep.
+        tried: those of the search.
+        strongest: what it found.
+
+    Returns:
+        From the strongest to the weakest; at most one of :data:`RATES`.
+
+    Example:
+        >>> gentler_rates(RATES["SGD"], [0.025, 0.1, 0.2], strongest=0.1)
+        [0.05]
+    """
+    known = set(tried)
+    return sorted((rate for rate in rates if min(known) < rate < strongest and rate not in known), reverse=True)
+
+
 def strongest_rate(accuracies: Mapping[float, float], baseline: float, images: int, max_loss: float = 0.05) -> float:
     """The largest learning rate whose network kept its accuracy on held-out clean images.
 

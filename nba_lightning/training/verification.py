@@ -15,6 +15,8 @@ Place = tuple[State, State, float]  # between which weights, and how far from th
 _OVER, _DIRECT = "over the student", "direct"
 _LESS_AGREEMENT = 0.01
 """How much less often than the teacher a network may agree with the suspicious one, for chance."""
+_TEACHERS_MARGIN = 0.01
+"""The margin between teachers: what one gives back no student takes away again, so it is asked for more."""
 
 
 class Verification:
@@ -33,8 +35,8 @@ class Verification:
     images as often as the teacher does: weights that are far apart may have nothing but ruins between them. Of the two
     the one is kept that is right on more of the images held out, without such images the one on the direct way; the
     teacher if there is none, or if it is right on more than both. Where no class is suspected, only the way to the
-    student is gone: what cannot be seen is not asked for. Of fewer than ``least_images`` clean images a margin of one
-    per cent is less than two images, and the teacher is kept. BatchNorm statistics are mixed like the weights;
+    student is gone: what cannot be seen is not asked for. Of fewer than ``least_images`` clean images the margin is a
+    few images, and the teacher is kept. BatchNorm statistics are mixed like the weights;
     estimated anew on plain images they would not be those of the mixture with pseudo samples on which all were learned.
 
     Ours; what led to the thresholds is in ``benchmarks/METHOD.md``. Weights between a network and what was fine-tuned
@@ -61,7 +63,7 @@ class Verification:
         self,
         shares: Sequence[float] = (1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25),
         direct: Sequence[float] = (0.75, 0.6, 0.45, 0.3, 0.15),
-        margin: float = 0.01,
+        margin: float = 0.04,
         margin_elsewhere: float = 0.1,
         search: Search | None = None,
         least_images: int = 200,
@@ -176,19 +178,21 @@ class Verification:
         evidence = self.search(suspicious, teachers[0], batches, one_pass, generator)
         if not bool(evidence.suspects.any()):
             return [0]
-        others = enumerate(teachers[1:], start=1)
-        return [0, *(place for place, one in others if self.passes(one, evidence, f"teacher {place}"))]
+        others, margin = enumerate(teachers[1:], start=1), min(self.margin, _TEACHERS_MARGIN)
+        return [0, *(place for place, one in others if self.passes(one, evidence, f"teacher {place}", margin))]
 
-    def passes(self, network: nn.Module, evidence: Evidence, name: str) -> bool:
+    def passes(self, network: nn.Module, evidence: Evidence, name: str, margin: float | None = None) -> bool:
         """Whether a network withstands what the teacher withstands, but for the margins.
 
         Args:
             network: the network.
             evidence: what it is asked.
             name: of the network in ``evidence.rates``.
+            margin: instead of the own one.
         """
+        margin = self.margin if margin is None else margin
         suspected, elsewhere = evidence.came_back(network, name)
-        return suspected <= self.margin + 1e-6 and elsewhere <= self.margin_elsewhere + 1e-6
+        return suspected <= margin + 1e-6 and elsewhere <= self.margin_elsewhere + 1e-6
 
 
 def _place(r: float, teacher: State, student: State, suspicious: State) -> Place:

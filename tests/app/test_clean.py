@@ -175,7 +175,7 @@ def test_a_rate_at_which_the_loss_becomes_infinite_is_not_taken(owner, monkeypat
     monkeypatch.setattr(teachers, "FineTuning", Endless)
     main([*COMMAND, "--progress=true"])
     said = capsys.readouterr().out
-    assert "is the strongest learning rate that costs 5.0 points of accuracy at most, in up to three fits" in said
+    assert "is the strongest learning rate that costs 5.0 points of accuracy at most, in up to four fits" in said
     assert "  rate 0.025: 100.0 % of the held-out images right, the suspicious network 100.0: affordable\n" in said
     assert "  rate 0.2: the loss became infinite\n5/6  The student: the network, aligned with the teacher of" in said
     assert "passes over 72 images; so few verify nothing, so that the teacher will be kept\n" in said
@@ -233,7 +233,7 @@ def test_the_first_teacher_stays_where_none_is_gentler(monkeypatch, capsys, rate
     run = SimpleNamespace(show=True, max_loss=0.05, _fit_teacher=lambda steps, may_lose: (other, {}))
     assert Cleaning.teach_gentler(run, 10, {"chosen": {"rate": 0.1}}) is None
     assert capsys.readouterr().out.endswith(
-        "is there a gentler teacher? It may lose 5.0 points; at most three more fits\n  there is none\n"
+        "is there a gentler teacher? It may lose 5.0 points; at most four more fits\n  there is none\n"
     )
 
 
