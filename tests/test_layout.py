@@ -87,6 +87,23 @@ def test_a_fit_takes_the_faster_order_records_it_and_obeys_the_user(asked, wante
     assert last(module.model) is (asked is True)
 
 
+@pytest.mark.parametrize(("asked", "wanted"), [(None, True), (False, False)])
+def test_a_test_takes_the_faster_order_without_a_word_of_it(asked, wanted, trainer, monkeypatch, caplog):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    seen = []
+
+    class Watched(FineTuning):
+        def on_test_start(self):
+            seen.append(last(self.model))
+
+    module = Watched(SmallCNN(width=4, in_channels=1), channels_last=asked)
+    with caplog.at_level("INFO"):
+        trainer().test(module, datamodule=BackdoorDataModule(train_on="clean"), verbose=False)
+    assert seen == [wanted]
+    assert not last(module.model)
+    assert "channels-last" not in caplog.text
+
+
 class LoggedTo(Logger):
     """A logger of which only the hyperparameters are looked at."""
 

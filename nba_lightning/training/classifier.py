@@ -54,8 +54,8 @@ class Classifier(Evaluation):
         scheduler: another schedule, as a callable from the optimiser, stepped once an epoch.
         seed: seed of the module's own random draws.
         compile: compile the networks by ``torch.compile`` while fitting and testing; a string names its backend.
-        channels_last: whether the networks' weights are brought into channels-last order; ``None`` does so for a fit
-            where that is faster, by :mod:`nba_lightning.training.layout`.
+        channels_last: whether the networks' weights are brought into channels-last order; ``None`` does so while
+            it fits or is tested, where that is faster, by :mod:`nba_lightning.training.layout`.
 
     Raises:
         ValueError: for an argument out of its range, weights that do not fit, or ``compile`` where the method takes
@@ -125,11 +125,12 @@ class Classifier(Evaluation):
                 raise expected("model", "a network with parameters that train", "one with `requires_grad=False` on all")
             for frozen in self.frozen().values():
                 frozen.fingerprint()  # now, before the Trainer's precision changes the weights
-            if self.channels_last is None:
-                device, precision = self.trainer.strategy.root_device, str(self.trainer.precision)
-                restore(self._arranged)  # of a fit that broke off
-                self._arranged = arrange(self.networks(), device, precision, shape)
-                advise_half_precision(device, precision)
+        device, precision = self.trainer.strategy.root_device, str(self.trainer.precision)
+        if self.channels_last is None:
+            restore(self._arranged)  # of a run that broke off
+            self._arranged = arrange(self.networks(), device, precision, shape, tell=stage == "fit")
+        if stage == "fit":
+            advise_half_precision(device, precision)
         for network in self.networks():
             if self.channels_last:
                 network.to(memory_format=torch.channels_last)

@@ -31,7 +31,11 @@ def prefers_channels_last(device: torch.device, precision: str) -> bool:
 
 
 def arrange(
-    networks: Iterable[nn.Module], device: torch.device, precision: str, image_shape: tuple[int, int, int] | None
+    networks: Iterable[nn.Module],
+    device: torch.device,
+    precision: str,
+    image_shape: tuple[int, int, int] | None,
+    tell: bool = True,
 ) -> list[nn.Module]:
     """Bring networks into channels-last order where that is faster, and their forward pass bears it.
 
@@ -39,9 +43,10 @@ def arrange(
 
     Args:
         networks: any networks.
-        device: where they will train.
+        device: where they will be.
         precision: the Trainer's.
         image_shape: `(C, H, W)` of the images; where it is not known nothing is changed.
+        tell: whether it is said.
 
     Returns:
         The networks that were brought into that order by this call.
@@ -49,7 +54,7 @@ def arrange(
     if image_shape is None or not prefers_channels_last(device, precision):
         return []
     changed = [network for network in networks if _bears(network, image_shape)]
-    if changed:
+    if changed and tell:
         rank_zero_info(
             f"Weights of convolutions are in channels-last order for this fit, which is faster on this {device.type} "
             "(`channels_last` true or false decides otherwise)."
