@@ -106,7 +106,7 @@ def test_metrics_are_exact_on_the_same_weights(tmp_path, both):
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_sharded_network_learns_what_a_whole_one_learns(both, name):
-    """And is evaluated alike, which goes by the first process's BatchNorm statistics, as do the guard's figures."""
+    """And is evaluated alike, by the first process's BatchNorm statistics on all; so are the guard's figures."""
     _, ranks, _ = both
     whole, sharded = ranks[0][f"{name}/ddp"], ranks[0][f"{name}/fsdp2"]
     assert sharded["sharded"]
@@ -115,6 +115,7 @@ def test_a_sharded_network_learns_what_a_whole_one_learns(both, name):
     fresh = Layered().state_dict()
     assert {key: value.shape for key, value in sharded["weights"].items()} == {k: v.shape for k, v in fresh.items()}
     for rank in ranks:
+        assert close(rank[f"{name}/fsdp2"]["statistics"], sharded["statistics"], rtol=0, atol=0)
         assert rank[f"{name}/fsdp2"]["val"] == pytest.approx(whole["val"], abs=1e-6)
         for found, expected in zip(rank[f"{name}/fsdp2"]["metrics"], whole["metrics"], strict=True):
             assert found == pytest.approx(expected, abs=1e-6)

@@ -67,6 +67,7 @@ def fit(folder, name, strategy, ckpt_path=None):
     runner.fit(module, loaded, ckpt_path=ckpt_path)
     found = {"val": {key: float(value) for key, value in runner.callback_metrics.items() if key.startswith("val/")}}
     found |= {"sharded": isinstance(module.model, FSDPModule), "weights": whole_state(module.model)}
+    found |= {"statistics": {key: value.clone() for key, value in module.model.named_buffers()}}
     found |= {"guard": {role: accuracy.value for role, accuracy in guard.accuracies.items()}}
     found |= {"metrics": runner.test(module, loaded, verbose=False)}
     return found
