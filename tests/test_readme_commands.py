@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torchvision.models import resnet18
 
 import nba_lightning
@@ -84,7 +85,7 @@ def test_commands_run_as_they_stand(commands, folder, request):
         assert page.is_file()
 
 
-@pytest.mark.parametrize("command", SKETCHED, ids=["machine", "torchrun", "cluster"])
+@pytest.mark.parametrize("command", SKETCHED, ids=["machine", "torchrun", "cluster", "shards"])
 def test_commands_of_several_processes_parse(command, folder, monkeypatch, capsys):
     monkeypatch.setenv("SCRATCH", str(folder))
     parts = "--config nba --config digits --config small_cnn_digits"
@@ -93,7 +94,9 @@ def test_commands_of_several_processes_parse(command, folder, monkeypatch, capsy
     with pytest.raises(SystemExit) as end:
         main([*shlex.split(rest, comments=True), "--print_config"])
     assert end.value.code == 0
-    assert "strategy: ddp" in capsys.readouterr().out
+    found = yaml.safe_load(capsys.readouterr().out)["trainer"]["strategy"]
+    strategy = "lightning.pytorch.strategies.ModelParallelStrategy" if "fsdp2" in command else "ddp"
+    assert (found["class_path"] if isinstance(found, dict) else found) == strategy
 
 
 def test_an_owner_s_lines_of_python_run(folder, quick, monkeypatch):

@@ -1,27 +1,28 @@
 """The cleaned weights, to take home."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from nba_lightning.callbacks.guard import Guard
 from nba_lightning.core.checks import expected
 from nba_lightning.io.adapters import bare
-from nba_lightning.io.weights import save_weights
+from nba_lightning.io.weights import save_weights, whole_state
 
 
 class CleanedWeights(Callback):
     """Write ``module.model``'s state dict as `.safetensors` at the end of ``fit``, beside the checkpoints.
 
-    Keys and dtypes are those of the network that came in. A file that is there already, of another fit, stays: the new
-    one gets a number, as Lightning numbers checkpoints (``cleaned-v1.safetensors``); the same fit that goes on replaces
-    it. A fit that ended before its last step, by ``max_time`` for instance, writes ``unfinished.safetensors`` instead
-    and says so; one that ``EarlyStopping`` ended has ended as was planned. What a
-    :class:`~nba_lightning.callbacks.Guard` among the Trainer's callbacks rejects is written as
-    ``rejected.safetensors``. Nothing is written in a ``fast_dev_run`` or after an interruption.
+    Keys and dtypes are those of the network that came in, also of one that FSDP2 sharded. A file that is there
+    already, of another fit, stays: the new one gets a number, as Lightning numbers checkpoints
+    (``cleaned-v1.safetensors``); the same fit that goes on replaces it. A fit that ended before its last step, by
+    ``max_time`` for instance, writes ``unfinished.safetensors`` instead and says so; one that ``EarlyStopping`` ended
+    has ended as was planned. What a :class:`~nba_lightning.callbacks.Guard` among the Trainer's callbacks rejects is
+    written as ``rejected.safetensors``. Nothing is written in a ``fast_dev_run`` or after an interruption.
 
     Args:
         path: another file to write, replaced if it is there; ``None`` is ``cleaned.safetensors`` in the folder of the
@@ -53,7 +54,8 @@ class CleanedWeights(Callback):
             )
         elif self.path is None and not trainer.ckpt_path:
             path = _free(path)
-        self._write(path, pl_module)
+        assert isinstance(pl_module.model, nn.Module)
+        self._write(path, pl_module, whole_state(bare(pl_module.model)))
 
     def destination(self, trainer: pl.Trainer) -> Path:
         """The file that is written if the fit ends as planned and none is there."""
@@ -63,10 +65,8 @@ class CleanedWeights(Callback):
         return Path(folder) / "cleaned.safetensors"
 
     @rank_zero_only
-    def _write(self, path: Path, module: pl.LightningModule) -> None:
-        model = module.model
-        assert isinstance(model, nn.Module)
-        save_weights(bare(model).state_dict(), path, getattr(module, "dtypes", None))
+    def _write(self, path: Path, module: pl.LightningModule, state: Mapping[str, Tensor]) -> None:
+        save_weights(state, path, getattr(module, "dtypes", None))
         self.written = path
         if path.stem != "unfinished":
             rank_zero_info(f"{'Rejected' if path.stem.startswith('rejected') else 'Cleaned'} weights: {path}")

@@ -37,6 +37,8 @@ class FineTuning(Defense):
         ValueError: for a share outside [0, 1], or pseudo samples that are crafted with a teacher.
     """
 
+    needs_whole_network = False
+
     def __init__(
         self,
         model: nn.Module,

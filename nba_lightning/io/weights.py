@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nba_lightning.core.checks import first_few
 from nba_lightning.io.adapters import bare
@@ -62,6 +63,25 @@ def split_location(path: str | Path) -> tuple[Path, str | None]:
     """File and name behind the last ``#``; a file whose own name has a ``#`` is taken as it is."""
     file, mark, under = str(path).rpartition("#")
     return (Path(path), None) if not mark or Path(path).is_file() else (Path(file), under)
+
+
+def whole_state(network: nn.Module) -> dict[str, Tensor]:
+    """A network's state dict; of one that is sharded over processes, which all must ask, the first one gets it.
+
+    Args:
+        network: any network, sharded by FSDP2 or not.
+
+    Returns:
+        Names and whole tensors; of a sharded network on the CPU, and nothing on the other processes.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+        return network.state_dict()
+    # Imported here, since it takes long and few need it.
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(network, options=options)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def save_weights(

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -26,11 +25,11 @@ from nba_lightning.training.evaluation import Evaluation, labels_of
 from nba_lightning.training.layout import advise_half_precision, arrange, restore
 from nba_lightning.training.parts import check_same_parts, describe_parts, keep_plain_hyperparameters
 from nba_lightning.training.schedule import cosine_factor
+from nba_lightning.training.sharding import prepare_sharding
 from nba_lightning.training.telling import tell_once
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
-_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 
 class Classifier(Evaluation):
@@ -64,7 +63,10 @@ class Classifier(Evaluation):
     """
 
     needs_whole_network = False
-    """Whether the method works on the network beside the Trainer's own forward and backward pass."""
+    """Whether the method works on the network beside the Trainer's own forward and backward pass.
+
+    One that does not can be sharded (:mod:`nba_lightning.training.sharding`).
+    """
 
     stays_in_eval_mode = False
     """Whether the method trains the network in ``eval`` mode."""
@@ -107,13 +109,7 @@ class Classifier(Evaluation):
 
         Then bring the networks into the form that was asked for.
         """
-        if self.needs_whole_network and isinstance(self.trainer.strategy, _SHARDED):
-            raise expected(
-                "strategy",
-                f"one that keeps the whole network on each process, such as `ddp`, for {type(self).__name__}, "
-                "whose hooks, perturbations or copies need all of it",
-                type(self.trainer.strategy).__name__,
-            )
+        sharded = prepare_sharding(self)
         data = getattr(self.trainer, "datamodule", None)
         shape, classes = getattr(data, "image_shape", None), getattr(data, "num_classes", None)
         if shape is not None and classes is not None:
@@ -128,7 +124,8 @@ class Classifier(Evaluation):
         device, precision = self.trainer.strategy.root_device, str(self.trainer.precision)
         if self.channels_last is None:
             restore(self._arranged)  # of a run that broke off
-            self._arranged = arrange(self.networks(), device, precision, shape, tell=stage == "fit")
+            if not sharded:  # FSDP2 takes weights in the usual order alone
+                self._arranged = arrange(self.networks(), device, precision, shape, tell=stage == "fit")
         if stage == "fit":
             advise_half_precision(device, precision)
         for network in self.networks():

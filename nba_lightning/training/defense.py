@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from nba_lightning.callbacks.cleaned_weights import CleanedWeights
 from nba_lightning.callbacks.given import unless_given
+from nba_lightning.core.checks import expected
 from nba_lightning.io.adapters import bare
 from nba_lightning.training.classifier import Classifier
 from nba_lightning.training.cost import cost_of
@@ -24,7 +26,9 @@ class Defense(Classifier):
     checkpoints as ``cleaned.safetensors``, with exactly the keys and dtypes of the network that came in (a
     :class:`~nba_lightning.callbacks.CleanedWeights` of your own among the Trainer's callbacks names another file).
     A network that knows its clean images no better than chance is told: it has not got its weights, or another order
-    of classes. Strategies that shard the network (FSDP, DeepSpeed) are refused.
+    of classes. Strategies that shard the network (FSDP, DeepSpeed) are refused, but for FSDP2 where a subclass says by
+    ``needs_whole_network = False`` that its step is one plain pass: no hooks, masks, perturbed weights, second
+    derivatives, copies or verification, and no look at a weight beside the pass.
 
     Args:
         model: the suspicious network.
@@ -46,6 +50,9 @@ class Defense(Classifier):
 
     def setup(self, stage: str) -> None:
         """As usual; weights that rest need no gradients."""
+        if not self.needs_whole_network and isinstance(self.trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            what = "`ddp` or ModelParallelStrategy (FSDP2), from which whole cleaned weights can be written"
+            raise expected("strategy", what, type(self.trainer.strategy).__name__)
         super().setup(stage)
         if stage == "fit" and self.network_rests and not self._resting:  # else a fit broke off
             self._resting = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -191,10 +191,12 @@ AGREE = {
 
 
 def main():
+    from tests.processes.sharded import shard  # which needs this file
+
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     folder, names, world = Path(sys.argv[1]), sys.argv[2:], 2
-    found = run(folder, world, names) | agree(folder / "agree", world, names)
+    found = run(folder, world, names) | agree(folder / "agree", world, names) | shard(folder / "sharded", names)
     torch.save(found, folder / f"rank{torch.distributed.get_rank()}.pt")
 
 
