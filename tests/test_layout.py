@@ -98,7 +98,7 @@ def test_a_test_takes_the_faster_order_without_a_word_of_it(asked, wanted, train
 
     module = Watched(SmallCNN(width=4, in_channels=1), channels_last=asked)
     with caplog.at_level("INFO"):
-        trainer().test(module, datamodule=BackdoorDataModule(train_on="clean"), verbose=False)
+        trainer().test(module, datamodule=BackdoorDataModule(train_on="clean", batch_size=16), verbose=False)
     assert seen == [wanted]
     assert not last(module.model)
     assert "channels-last" not in caplog.text
