@@ -226,7 +226,8 @@ def test_the_inner_network_sees_normalised_images(trainer, clean_digits):
     inner.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     trainer().test(FineTuning(Normalized(inner, [0.9], [0.1])), datamodule=clean_digits, verbose=False)
     images = clean_digits.source.load()[1].images.float() / 255
-    torch.testing.assert_close(torch.cat(seen[1:])[: len(images)], (images - 0.9) / 0.1)  # behind the check of the fit
+    tested = [batch for batch in seen if len(batch) > 2]  # beside looks at whether all fits
+    torch.testing.assert_close(torch.cat(tested)[: len(images)], (images - 0.9) / 0.1)
 
 
 def test_a_normalised_network_loads_its_own_weights(tmp_path):
