@@ -222,6 +222,15 @@ def test_teachers_that_withstand_what_the_strongest_withstands_may_take_its_plac
     assert withstanding(0.0) == [0]
 
 
+def test_the_fewer_images_the_less_may_come_back():
+    made = Verification(margin=0.08, search=Search(sizes=(0.1,), steps=20, images=400))
+    assert [made.margin_of(images) for images in (100, 400, 4000)] == [0.02, 0.08, 0.08]
+    asked = []
+    made.passes = lambda network, evidence, name, margin: asked.append(margin) or True
+    made.keep(Net(0.0), Net(0.0), Net(2000.0), batches(), 10, generator_for(1))  # 320 images
+    assert set(asked) == {0.08 * 0.8}
+
+
 def test_teachers_are_held_to_a_smaller_margin_than_students():
     asked = []
 
@@ -240,7 +249,7 @@ def test_teachers_are_held_to_a_smaller_margin_than_students():
     assert asked == [0.01]
     made = Asked(margin=0.005, search=Search(sizes=(0.1,), steps=20, images=300))
     made.withstanding([Net(0.0), Net(0.0)], Net(2000.0), batches(), 100, generator_for(1))
-    assert asked == [0.01, 0.005]  # whoever asks students for more asks teachers too
+    assert asked == [0.01, 0.005]  # who asks students for more asks teachers too
 
 
 def test_where_nothing_tells_teachers_apart_only_the_strongest_is_safe():

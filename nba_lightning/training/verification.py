@@ -31,8 +31,10 @@ class Verification:
 
     On each way, from the largest r down, the first network is found from which no suspected class wins more images than
     from the teacher, but for ``margin`` of the gap between teacher and :math:`S_0`, and no other class more than
-    ``margin_elsewhere`` of the images or half of its gap. It must also agree with the suspicious network on clean
-    images as often as the teacher does: weights that are far apart may have nothing but ruins between them. Of the two
+    ``margin_elsewhere`` of the images or half of its gap. The fewer images there are, the worse perturbations show the
+    backdoor, and the less may come back: with n of the N images that the search takes n/N of the margin. The network
+    must also agree with the suspicious one on clean images as often as the teacher does: weights that are far apart
+    may have nothing but ruins between them. Of the two
     the one is kept that is right on more of the images held out, without such images the one on the direct way; the
     teacher if there is none, or if it is right on more than both. Where no class is suspected, only the way to the
     student is gone: what cannot be seen is not asked for. Of fewer than ``least_images`` clean images the margin is a
@@ -46,7 +48,7 @@ class Verification:
     Args:
         shares: r of the way over the student, in (0, 2], from the largest to the smallest.
         direct: r of the direct way, in (0, 1], from the largest to the smallest.
-        margin: see above; a share of the gap, in [0, 1].
+        margin: see above; a share of the gap, in [0, 1], for as many images as the search takes.
         margin_elsewhere: see above; a share of the images.
         search: how evidence is looked for.
         least_images: clean images of each process without which nothing can be told.
@@ -84,6 +86,10 @@ class Verification:
     def can_tell(self, images: int) -> bool:
         """Whether so many clean images tell enough; of fewer the teacher is kept and nothing is looked for."""
         return images >= self.least_images
+
+    def margin_of(self, images: int) -> float:
+        """The margin where there are so many clean images."""
+        return self.margin * min(1.0, images / self.search.images)
 
     def passes_of_images(self, classes: int, images: int) -> int:
         """What it costs at most, for a network of so many classes and so many clean images; as ``Search.passes``."""
@@ -126,7 +132,7 @@ class Verification:
             )
             rank_zero_info(self.sentence)
             return 0.0
-        evidence = self.search(suspicious, teacher, batches, one_pass, generator, reduce)
+        evidence, margin = self.search(suspicious, teacher, batches, one_pass, generator, reduce), self.margin_of(seen)
         start, end = teacher.state_dict(), suspicious.state_dict()
         learned = {name: value.clone() for name, value in student.state_dict().items()}
         sighted = bool(evidence.suspects.any())
@@ -140,7 +146,8 @@ class Verification:
         for way, places in ways.items():
             for r, place in places:
                 set_between(student, *place)
-                if evidence.agreement(student) >= least and self.passes(student, evidence, f"{way} {r:g}"):
+                name = f"{way} {r:g}"
+                if evidence.agreement(student) >= least and self.passes(student, evidence, name, margin):
                     right = judge(student) if judge is not None else 0.0
                     if right > best or (right == best and not chosen):
                         kept, chosen, best, where = r, way, right, place
@@ -173,12 +180,13 @@ class Verification:
         Returns:
             Their places in ``teachers``, 0 among them.
         """
-        if len(teachers) == 1 or not self.can_tell(one_pass * len(next(batches))):
+        seen = one_pass * len(next(batches))
+        if len(teachers) == 1 or not self.can_tell(seen):
             return [0]
         evidence = self.search(suspicious, teachers[0], batches, one_pass, generator)
         if not bool(evidence.suspects.any()):
             return [0]
-        others, margin = enumerate(teachers[1:], start=1), min(self.margin, _TEACHERS_MARGIN)
+        others, margin = enumerate(teachers[1:], start=1), min(self.margin_of(seen), _TEACHERS_MARGIN)
         return [0, *(place for place, one in others if self.passes(one, evidence, f"teacher {place}", margin))]
 
     def passes(self, network: nn.Module, evidence: Evidence, name: str, margin: float | None = None) -> bool:

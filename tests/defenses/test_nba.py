@@ -210,16 +210,12 @@ def test_a_backdoor_that_was_fine_tuned_in_does_not_come_back(fine_tuned_in, tra
     assert taught[1] < 0.3
     # Pseudo samples off and its answers alone, so that the student learns the backdoor again: verification must see it.
     options = {"terms": Terms(suspicious=8.0), "pseudo_share": 0.0, "lr": 0.1}
-    module, strict, trusting = (NBA(copy.deepcopy(network), teacher=teacher, **options) for _ in range(3))
-    strict.verification.margin = 0.03
+    module, trusting = (NBA(copy.deepcopy(network), teacher=teacher, **options) for _ in range(2))
     trusting.verification.shares, trusting.verification.passes = [1.0], lambda *_: True
-    for one in (module, strict, trusting):
+    for one in (module, trusting):
         trainer(max_epochs=20).fit(one, data)
     assert rates(trainer, trusting.model, data)[1] > taught[1] + 0.08  # it does come back where nobody verifies
-    assert rates(trainer, strict.model, data)[1] < taught[1] + 0.04
-    assert float(strict.accepted) < 1.0
-    # What 4 % of the perturbations' gap lets back is 8 points of this network's ASR, of 96; of larger networks' 0 to 3.
-    assert rates(trainer, module.model, data)[1] < taught[1] + 0.1
+    assert rates(trainer, module.model, data)[1] < taught[1] + 0.04
     assert float(module.accepted) < 1.0
 
 
