@@ -17,7 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torchvision.transforms as T
-from common import provenance, quiet, spread, trainer
+from common import provenance, quiet, spread, trainer, write
 from meter import process_memory
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -125,8 +125,7 @@ def main() -> None:
     pairs = [(theirs(args, 2).seconds[1], ours(args, 2).seconds[1]) for _ in range(args.rounds)]
     result = {"image_folder_over_ours": spread([first / second for first, second in pairs]), "memory": watched}
     result |= {"images_per_second": round(1 / min(second for _, second in pairs)), **provenance(args)}
-    args.result.parent.mkdir(parents=True, exist_ok=True)
-    args.result.write_text(json.dumps(result, indent=1) + "\n")
+    write(args.result, result)
     print(json.dumps(result, indent=1))
 
 

@@ -30,7 +30,6 @@ What could not be matched:
 
 import argparse
 import io
-import json
 import os
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -42,8 +41,8 @@ import peers_backdoorbench
 import peers_nad
 import torch
 from clones import Clone, load
-from common import provenance, quiet
-from timing import ratio
+from common import quiet
+from timing import ratio, write_ratios
 
 Sides = tuple[Callable[[], float], Callable[[], float]]
 """Seconds per image of theirs, and of ours."""
@@ -96,14 +95,7 @@ def main() -> None:
     torch.manual_seed(0)
     needed = chosen(args)
     loaded = {kind: load(CLONES[kind], getattr(args, kind)) for kind in set(needed.values())}
-    result = json.loads(args.result.read_text()) if args.result.exists() else {"ratios": {}}
-    for name, kind in needed.items():
-        found = measured(args, name, loaded[kind])
-        result["ratios"][name] = {"images": args.images, **found}
-        result |= provenance(args)
-        args.result.parent.mkdir(parents=True, exist_ok=True)
-        args.result.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"{name}: {found['mean']} ± {found['std']} (n = {found['n']})", flush=True)
+    write_ratios(args, needed, lambda name: measured(args, name, loaded[needed[name]]))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ the growth of time and memory with the set and with the size of its images.
 
 import argparse
 import copy
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,9 +20,9 @@ from unittest.mock import patch
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from common import Noise, network, provenance, quiet, trainer
+from common import Noise, network, quiet, trainer
 from meter import metered
-from timing import Epoch, Pictures, autocast, batches, device, fit, ratio, timed
+from timing import Epoch, Pictures, autocast, batches, device, fit, ratio, timed, write_ratios
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -272,14 +271,7 @@ def main() -> None:
     if args.processes:
         processes(args)
         return
-    result = json.loads(args.result.read_text()) if args.result.exists() else {"ratios": {}}
-    for name in args.only:
-        found: dict[str, float] = RATIOS[name](args)
-        result["ratios"][name] = {"images": args.images, **found}
-        result |= provenance(args)
-        args.result.parent.mkdir(parents=True, exist_ok=True)
-        args.result.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"{name}: {found['mean']} ± {found['std']} (n = {found['n']})", flush=True)
+    write_ratios(args, args.only, lambda name: RATIOS[name](args))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """Timing what is compared: alternating rounds, epochs without what is around them, random images."""
 
 import argparse
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 import torchvision.transforms as T
-from common import spread, trainer
+from common import provenance, spread, trainer, write
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -49,6 +50,17 @@ def ratio(args: argparse.Namespace, first: Callable[[], float], second: Callable
             above = first()
             found.append(above / second())
     return spread(found)
+
+
+def write_ratios(args: argparse.Namespace, names: Iterable[str], measured: Callable[[str], dict[str, float]]) -> None:
+    """Measure one ratio after the other into ``args.result``, beside those that are there; each is written at once."""
+    result = json.loads(args.result.read_text()) if args.result.exists() else {"ratios": {}}
+    for name in names:
+        found = measured(name)
+        result["ratios"][name] = {"images": args.images, **found}
+        result |= provenance(args)
+        write(args.result, result)
+        print(f"{name}: {found['mean']} ± {found['std']} (n = {found['n']})", flush=True)
 
 
 def batches(args: argparse.Namespace, size: int, times: int = 1) -> DataLoader[Any]:
