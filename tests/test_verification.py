@@ -33,8 +33,11 @@ def batches():
         yield images.clamp(0, 1)
 
 
+SEARCH = Search(sizes=(0.1,), steps=20, images=300)
+
+
 def keep(student, **kwargs):
-    made = Verification(search=Search(sizes=(0.1,), steps=20, images=300), **kwargs)
+    made = Verification(search=SEARCH, **kwargs)
     share = made.keep(student, Net(0.0), Net(2000.0), batches(), 100, generator_for(1))
     return share, made
 
@@ -226,9 +229,37 @@ def test_the_fewer_images_the_less_may_come_back():
     made = Verification(margin=0.08, search=Search(sizes=(0.1,), steps=20, images=400))
     assert [made.margin_of(images) for images in (100, 400, 4000)] == [0.02, 0.08, 0.08]
     asked = []
-    made.passes = lambda network, evidence, name, margin: asked.append(margin) or True
+    made._within = lambda back, elsewhere, margin: asked.append(margin) or True
     made.keep(Net(0.0), Net(0.0), Net(2000.0), batches(), 10, generator_for(1))  # 320 images
     assert set(asked) == {0.08 * 0.8}
+
+
+def test_where_what_passes_lost_too_much_accuracy_as_little_as_it_asks_for_comes_back():
+    # On the straight way networks come nearer to the suspicious one; each is right on as many images as it has steps.
+    def kept(max_loss, held_out=100, **kwargs):
+        suspicious, student = Net(2000.0), Net(0.0)
+        suspicious.steps.data += 0.9
+        made = Verification((1.0,), (0.75, 0.5, 0.25, 1e-6), max_loss=max_loss, search=SEARCH, **kwargs)
+        back = iter([0.0, 0.6, 0.3, 0.1, 0.0, 0.0])
+        made.search = lambda *given: told(SEARCH(*given), back)
+        made.search.images = 300
+        judge = lambda network: float(network.steps.detach())  # noqa: E731
+        share = made.keep(
+            student, Net(0.0), suspicious, batches(), 100, generator_for(1), judge=judge, held_out=held_out
+        )
+        return share, made.came_back, "lost too much accuracy" in made.sentence
+
+    def told(evidence, back):
+        next(back)
+        evidence.came_back = lambda network, name: (next(back), 0.0)
+        return evidence
+
+    assert kept(0.9) == (1e-6, 0.0, False)  # nothing has to come back
+    assert kept(0.7) == (0.25, 0.1, True)
+    assert kept(0.5) == (1e-6, 0.0, False)  # 0.5 of the way would do, but 0.3 of the gap is more than may come back
+    assert kept(0.5, most=0.4) == (0.5, 0.3, True)
+    assert kept(0.7, most=0.0) == (1e-6, 0.0, False)
+    assert kept(0.7, held_out=0) == (1e-6, 0.0, False)  # no one knows what was lost
 
 
 def test_teachers_are_held_to_a_smaller_margin_than_students():

@@ -29,6 +29,10 @@ from nba_lightning.training.verification import Verification
 TEACHER_STEPS, STUDENT_STEPS = 450, 450
 _LEAST_EPOCHS = 5
 _SAVE_EVERY = timedelta(minutes=1)
+_CAME_BACK = (
+    "To lose no more clean accuracy than `max_loss`, {:.0f} % of what tells the backdoor came back, and about as much "
+    "of the backdoor may have. A larger `max_loss` leaves less of it."
+)
 _UNVERIFIED = "so few verify nothing, so that the teacher will be kept"
 _CURVE = 20
 """Points of a fit's curve, about."""
@@ -193,12 +197,21 @@ def fit_student(
     """Align a copy of the network with the teacher at a share of its rate; keep pictures of what it was aligned on."""
 
     def work() -> dict[str, Any]:
-        module = NBA(copy.deepcopy(network), teacher=teacher, seed=seed, **optimizer_for(network, STUDENT_SHARE * rate))
+        module = NBA(
+            copy.deepcopy(network),
+            teacher=teacher,
+            verification=Verification(max_loss=link.max_loss),
+            seed=seed,
+            **optimizer_for(network, STUDENT_SHARE * rate),
+        )
         verifying = module.verification.passes_of_images(link.data.num_classes, len(link.data.training))
         verified = f"to verify it at most {verifying:,} passes of an image" if verifying else _UNVERIFIED
         say(f"  {link.cost()}; {verified}", show)
         found = link.fit(module, chain.folder / "cleaned.safetensors")
-        return {**found, "warnings": save_pictures(chain.folder / "report", module, network, link.data)}
+        warnings = save_pictures(chain.folder / "report", module, network, link.data)
+        if module.verification.came_back:
+            warnings.append(_CAME_BACK.format(100 * module.verification.came_back))
+        return {**found, "warnings": warnings}
 
     found: dict[str, Any] = chain.step(link.name, work)
     shutil.rmtree(link.folder, ignore_errors=True)

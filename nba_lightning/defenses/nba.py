@@ -30,6 +30,8 @@ from nba_lightning.training.schedule import batches_of_an_epoch
 from nba_lightning.training.sweep import STUDENT_SHARE, USUAL_RATE
 from nba_lightning.training.verification import Verification
 
+_FOUND = ("rates", "came_back", "sentence")
+"""What verification found, which a fit that goes on after it cannot find again."""
 _RATES = {kind: STUDENT_SHARE * rate for kind, rate in USUAL_RATE.items()}
 
 
@@ -250,13 +252,14 @@ class NBA(Distillation):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As usual; and what was found when it was verified."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["verification"] = {"rates": self.verification.rates, "sentence": self.verification.sentence}
+        checkpoint["verification"] = {name: getattr(self.verification, name) for name in _FOUND}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As usual; and take that over."""
         super().on_load_checkpoint(checkpoint)
-        found = checkpoint.get("verification", {"rates": {}, "sentence": ""})
-        self.verification.rates, self.verification.sentence = found["rates"], found["sentence"]
+        for name, value in checkpoint.get("verification", {}).items():
+            if name in _FOUND:
+                setattr(self.verification, name, value)
 
     def _verify(self) -> None:
         """Keep as much of what was learned as passes."""
@@ -276,6 +279,7 @@ class NBA(Distillation):
                 generator,
                 self.reduce,
                 self._right,
+                self._held_out(),
             )
         self.accepted.fill_(share)
 
@@ -283,3 +287,8 @@ class NBA(Distillation):
         """Accuracy on the images that are held out; 0 of every network where there are none."""
         found = answers(self.trainer, network)
         return 0.0 if found is None else found.accuracy().value
+
+    def _held_out(self) -> int:
+        """How many images are held out."""
+        found = answers(self.trainer, self.model)
+        return 0 if found is None else len(found.labels)

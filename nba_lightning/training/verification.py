@@ -1,6 +1,7 @@
 """How much of the suspicious network's knowledge can be kept without its backdoor."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.pseudo.base import Reduce, same
 from nba_lightning.training.evidence import Evidence, Search
+from nba_lightning.training.sweep import allowed_loss
 
 State = Mapping[str, Tensor]
 Place = tuple[State, State, float]  # between which weights, and how far from the first
@@ -17,6 +19,27 @@ _LESS_AGREEMENT = 0.01
 """How much less often than the teacher a network may agree with the suspicious one, for chance."""
 _TEACHERS_MARGIN = 0.01
 """The margin between teachers: what one gives back no student takes away again, so it is asked for more."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A network that was looked at.
+
+    Attributes:
+        way: which; empty for the teacher.
+        r: how far on it.
+        place: its weights.
+        back: share of the gap of suspected classes that it gives back.
+        elsewhere: likewise, of the images, for other classes.
+        right: its accuracy on held-out images; 0 where there are none.
+    """
+
+    way: str
+    r: float
+    place: Place
+    back: float
+    elsewhere: float
+    right: float
 
 
 class Verification:
@@ -36,7 +59,9 @@ class Verification:
     must also agree with the suspicious one on clean images as often as the teacher does: weights that are far apart
     may have nothing but ruins between them. Of the two
     the one is kept that is right on more of the images held out, without such images the one on the direct way; the
-    teacher if there is none, or if it is right on more than both. Where no class is suspected, only the way to the
+    teacher if there is none, or if it is right on more than both. If that one is right on fewer than the owner can do
+    with, the network takes its place from which least came back of those that are right on as many, if it is no more
+    than ``most`` of the gap; the owner is warned. Where no class is suspected, only the way to the
     student is gone: what cannot be seen is not asked for. Of fewer than ``least_images`` clean images the margin is a
     few images, and the teacher is kept. BatchNorm statistics are mixed like the weights;
     estimated anew on plain images they would not be those of the mixture with pseudo samples on which all were learned.
@@ -50,11 +75,15 @@ class Verification:
         direct: r of the direct way, in (0, 1], from the largest to the smallest.
         margin: see above; a share of the gap, in [0, 1], for as many images as the search takes.
         margin_elsewhere: see above; a share of the images.
+        max_loss: accuracy on held-out images that the owner can do without, in [0, 1]; chance is allowed for by
+            :func:`~nba_lightning.training.sweep.allowed_loss`.
+        most: share of the gap that may come back where accuracy asks for it, in [0, 1]; in proportion like ``margin``.
         search: how evidence is looked for.
         least_images: clean images of each process without which nothing can be told.
 
     Attributes:
         rates: shares of the images that each perturbation won, of every network that was looked at.
+        came_back: share of the gap that came back, where accuracy asked for more than the margin; else 0.
         sentence: what was kept, and why.
 
     Raises:
@@ -67,6 +96,8 @@ class Verification:
         direct: Sequence[float] = (0.75, 0.6, 0.45, 0.3, 0.15),
         margin: float = 0.04,
         margin_elsewhere: float = 0.1,
+        max_loss: float = 0.05,
+        most: float = 0.25,
         search: Search | None = None,
         least_images: int = 200,
     ) -> None:
@@ -75,13 +106,15 @@ class Verification:
                 check_range(name, share, 0.0, high, open_low=True)
             if sorted(way, reverse=True) != list(way):
                 raise expected(name, "from the largest to the smallest", list(way))
-        check_range("margin", margin, 0.0, 1.0)
-        check_range("margin_elsewhere", margin_elsewhere, 0.0, 1.0)
+        limits = {"margin": margin, "margin_elsewhere": margin_elsewhere, "max_loss": max_loss, "most": most}
+        for name, limit in limits.items():
+            check_range(name, limit, 0.0, 1.0)
         check_at_least("least_images", least_images, 0)
         self.shares, self.direct, self.least_images = list(shares), list(direct), least_images
         self.margin, self.margin_elsewhere, self.search = margin, margin_elsewhere, search or Search()
+        self.max_loss, self.most = max_loss, most
         self.rates: dict[str, list[float]] = {}
-        self.sentence = ""
+        self.came_back, self.sentence = 0.0, ""
 
     def can_tell(self, images: int) -> bool:
         """Whether so many clean images tell enough; of fewer the teacher is kept and nothing is looked for."""
@@ -107,6 +140,7 @@ class Verification:
         generator: torch.Generator | None = None,
         reduce: Reduce = same,
         judge: Callable[[nn.Module], float] | None = None,
+        held_out: int = 0,
     ) -> float:
         """Leave in ``student`` what passes.
 
@@ -119,6 +153,7 @@ class Verification:
             generator: source of randomness, the same on all processes.
             reduce: averages a tensor over all processes.
             judge: accuracy of a network on clean images that nothing was fitted to; ``None`` where there are none.
+            held_out: their number.
 
         Returns:
             r of what is kept; 0 if it is the teacher.
@@ -126,6 +161,7 @@ class Verification:
         seen = one_pass * len(next(batches))
         if not self.can_tell(seen):
             set_between(student, teacher.state_dict(), teacher.state_dict(), 0.0)
+            self.rates, self.came_back = {}, 0.0
             self.sentence = (
                 "Verified: nothing of the suspicious network is kept, what is left is the teacher; "
                 f"{seen} clean images tell too little, {self.least_images} would do."
@@ -140,22 +176,35 @@ class Verification:
             _DIRECT: [(r, (start, end, r)) for r in self.direct if sighted],
             _OVER: [(r, _place(r, start, learned, end)) for r in self.shares if sighted or r <= 1],
         }
+        right = judge or (lambda network: 0.0)
         least = evidence.agreement(teacher) - _LESS_AGREEMENT
-        kept, chosen, best = 0.0, "", -1.0 if judge is None else judge(teacher)
-        where: Place = (start, start, 0.0)
+        found: list[_Found] = []
         for way, places in ways.items():
             for r, place in places:
                 set_between(student, *place)
-                name = f"{way} {r:g}"
-                if evidence.agreement(student) >= least and self.passes(student, evidence, name, margin):
-                    right = judge(student) if judge is not None else 0.0
-                    if right > best or (right == best and not chosen):
-                        kept, chosen, best, where = r, way, right, place
+                if evidence.agreement(student) < least:
+                    continue
+                one = _Found(way, r, place, *evidence.came_back(student, f"{way} {r:g}"), right(student))
+                found.append(one)
+                if self._within(one.back, one.elsewhere, margin):
                     break
-        set_between(student, *where)
-        self.rates, self.sentence = evidence.rates, _sentence(kept, chosen, evidence)
+        found.append(_Found("", 0.0, (start, start, 0.0), 0.0, 0.0, right(teacher)))
+        before = right(suspicious)
+        least_right = before - allowed_loss(before, held_out, self.max_loss) - 1e-9 if held_out else 0.0
+        kept = self._choice(found, margin, self.most * min(1.0, seen / self.search.images), least_right)
+        set_between(student, *kept.place)
+        self.rates, self.came_back = evidence.rates, kept.back if kept.back > margin + 1e-6 else 0.0
+        self.sentence = _sentence(kept, margin, evidence)
         rank_zero_info(self.sentence)
-        return kept
+        return kept.r
+
+    def _choice(self, found: list[_Found], margin: float, most: float, least_right: float) -> _Found:
+        """The most accurate that passes; where it lost too much, of those that lost less what gives back least."""
+        best = max((one for one in found if self._within(one.back, one.elsewhere, margin)), key=lambda one: one.right)
+        if best.right >= least_right:
+            return best
+        enough = [one for one in found if one.right >= least_right and self._within(one.back, one.elsewhere, most)]
+        return min(enough, key=lambda one: one.back, default=best)
 
     def withstanding(
         self,
@@ -198,8 +247,9 @@ class Verification:
             name: of the network in ``evidence.rates``.
             margin: instead of the own one.
         """
-        margin = self.margin if margin is None else margin
-        suspected, elsewhere = evidence.came_back(network, name)
+        return self._within(*evidence.came_back(network, name), self.margin if margin is None else margin)
+
+    def _within(self, suspected: float, elsewhere: float, margin: float) -> bool:
         return suspected <= margin + 1e-6 and elsewhere <= self.margin_elsewhere + 1e-6
 
 
@@ -219,18 +269,23 @@ def set_between(network: nn.Module, start: State, end: State, share: float) -> N
     torch.clear_autocast_cache()  # else what follows would run on half-precision copies of the weights before
 
 
-def _sentence(r: float, way: str, evidence: Evidence) -> str:
+def _sentence(kept: _Found, margin: float, evidence: Evidence) -> str:
     came_in, taught = evidence.rates["suspicious"], evidence.rates["teacher"]
     worst = max(range(len(came_in)), key=lambda n: came_in[n] - taught[n])
-    kept = evidence.rates.get(f"{way} {r:g}", taught)[worst]
+    r, now = kept.r, evidence.rates.get(f"{kept.way} {kept.r:g}", taught)[worst]
     told = (
         f"small perturbations win class {int(evidence.classes[worst])} {100 * came_in[worst]:.0f} % of the images from "
-        f"the suspicious network, {100 * taught[worst]:.1f} % from the teacher and {100 * kept:.1f} % from the network "
+        f"the suspicious network, {100 * taught[worst]:.1f} % from the teacher and {100 * now:.1f} % from the network "
         "that is kept."
     )
+    if kept.back > margin + 1e-6:
+        told += (
+            f" So {100 * kept.back:.0f} % of what tells the backdoor came back, where {100 * margin:.1f} % may: what "
+            "gives back less lost too much accuracy."
+        )
     if not bool(evidence.suspects.any()):
         told += " No class stands out, so a backdoor that is there would not have been seen."
-    if way == _DIRECT:
+    if kept.way == _DIRECT:
         what = f"{100 * r:.0f} % of the way from the teacher back to the suspicious network is kept"
     elif r:
         more = f", and {100 * (r - 1):.0f} % of the way from the student on to it" if r > 1 else ""

@@ -1,5 +1,6 @@
 """``nba-lightning clean``: from a folder of images to a cleaned network, or a sentence that says why not."""
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from nba_lightning.app.clean import _aligned
 from nba_lightning.app.cli import main
 from nba_lightning.app.steps import Cleaning
 from nba_lightning.core.features import predict
+from nba_lightning.networks import SmallCNN
 from tests.app.conftest import write_images
 
 NETWORK = [
@@ -251,6 +253,27 @@ def test_a_gentler_teacher_is_asked_for_less_loss_and_says_why_the_first_gave_wa
     assert (asked, found["file"]) == ([0.05], "other")
     assert found["tried"][0] == "The loss became infinite."
     assert found["tried"][1].startswith("The one of rate 0.1 was taken first, but its student lost too much accuracy, ")
+
+
+@pytest.mark.parametrize("came_back", [0.0, 0.12])
+def test_what_came_back_for_accuracys_sake_is_said(monkeypatch, tmp_path, came_back):
+    class Link(SimpleNamespace):
+        def fit(self, module, to):
+            assert module.verification.max_loss == self.max_loss
+            module.verification.came_back = came_back
+            return {"verdict": "accepted"}
+
+        def cost(self):
+            return "cheap"
+
+    monkeypatch.setattr(fits, "save_pictures", lambda *given: ["No pictures."])
+    data = SimpleNamespace(num_classes=10, training=range(300))
+    link = Link(name="student", folder=tmp_path / "fit", data=data, max_loss=0.03)
+    chain = SimpleNamespace(folder=tmp_path, step=lambda name, work: work())
+    network = SmallCNN(width=4, in_channels=1)
+    found = fits.fit_student(network, copy.deepcopy(network), 0.1, link, chain, 0, False)
+    said = "To lose no more clean accuracy than `max_loss`, 12 % of what tells the backdoor came back"
+    assert [warning.startswith(said) for warning in found["warnings"]] == [False, *([True] if came_back else [])]
 
 
 class CtrlC(Callback):

@@ -150,11 +150,22 @@ def test_a_fit_starts_from_the_teacher_and_leaves_the_teacher_and_what_was_given
 def test_what_is_verified_is_what_every_file_holds(network, clean_digits, trainer, tmp_path):
     module = NBA(network, teacher=small())
     runner = trainer(max_epochs=1, enable_checkpointing=True)
-    module.verification.keep = lambda student, *args: nn.init.constant_(student.fc.bias, 7.0) is None or 0.5
+    asked = []
+
+    def keep(student, *args):
+        asked.append(args[-1])
+        module.verification.came_back, module.verification.sentence = 0.125, "Verified."
+        return nn.init.constant_(student.fc.bias, 7.0) is None or 0.5
+
+    module.verification.keep = keep
     runner.fit(module, clean_digits)
+    assert asked == [len(clean_digits.partition.validation)]  # how many images are held out
     saved = torch.load(runner.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
     assert float(saved["accepted"]) == 0.5
     assert (saved["model.fc.bias"] == 7.0).all()
+    again = NBA(small(), teacher=small())
+    again.on_load_checkpoint(torch.load(runner.checkpoint_callback.best_model_path, weights_only=True))
+    assert (again.verification.came_back, again.verification.sentence) == (0.125, "Verified.")
     cleaned = next(tmp_path.rglob("cleaned.safetensors"))
     assert (load_file(cleaned)["fc.bias"] == 7.0).all()
 
@@ -175,12 +186,17 @@ def test_bad_arguments(network):
 
 
 @pytest.fixture(scope="module")
-def fine_tuned_in():
+def fine_tuned_in(tmp_path_factory):
     """A clean network into which a backdoor was fine-tuned, its teacher, and the attack."""
     import lightning.pytorch as pl
 
     def fit(module, data, epochs):
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        quiet = {
+            "default_root_dir": tmp_path_factory.mktemp("fits"),
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+        }
         runner = pl.Trainer(
             max_epochs=epochs, accelerator="cpu", limit_val_batches=0, enable_model_summary=False, **quiet
         )
@@ -211,7 +227,7 @@ def test_a_backdoor_that_was_fine_tuned_in_does_not_come_back(fine_tuned_in, tra
     # Pseudo samples off and its answers alone, so that the student learns the backdoor again: verification must see it.
     options = {"terms": Terms(suspicious=8.0), "pseudo_share": 0.0, "lr": 0.1}
     module, trusting = (NBA(copy.deepcopy(network), teacher=teacher, **options) for _ in range(2))
-    trusting.verification.shares, trusting.verification.passes = [1.0], lambda *_: True
+    trusting.verification.shares, trusting.verification._within = [1.0], lambda *_: True
     for one in (module, trusting):
         trainer(max_epochs=20).fit(one, data)
     assert rates(trainer, trusting.model, data)[1] > taught[1] + 0.08  # it does come back where nobody verifies
