@@ -6,7 +6,8 @@ from torch import nn
 from nba_lightning.core.randomness import generator_for
 from nba_lightning.training import evidence as searching
 from nba_lightning.training.evidence import Search
-from nba_lightning.training.verification import Verification, set_between
+from nba_lightning.training.verification import Verification
+from nba_lightning.training.ways import set_between
 
 
 class Net(nn.Module):
@@ -132,7 +133,8 @@ def test_of_two_ways_and_the_teacher_the_one_that_is_right_more_often_is_kept():
         teacher, student, suspicious = Net(0.0), Net(0.0), Net(2000.0)
         student.steps.data += 4.0
         made = Verification((1.0,), (0.9, 1e-6), search=Search(sizes=(0.1,), steps=20, images=300))
-        share = made.keep(student, teacher, suspicious, batches(), 100, generator_for(1), judge=judge)
+        told = {} if judge is None else {"judge": lambda network: (judge(network), 0)}
+        share = made.keep(student, teacher, suspicious, batches(), 100, generator_for(1), **told)
         assert made.rates["direct 0.9"][0] > 0.5
         return share, float(student.steps.detach()), "from the teacher back to the suspicious" in made.sentence
 
@@ -243,10 +245,8 @@ def test_where_what_passes_lost_too_much_accuracy_as_little_as_it_asks_for_comes
         back = iter([0.0, 0.6, 0.3, 0.1, 0.0, 0.0])
         made.search = lambda *given: told(SEARCH(*given), back)
         made.search.images = 300
-        judge = lambda network: float(network.steps.detach())  # noqa: E731
-        share = made.keep(
-            student, Net(0.0), suspicious, batches(), 100, generator_for(1), judge=judge, held_out=held_out
-        )
+        judge = lambda network: (float(network.steps.detach()), held_out)  # noqa: E731
+        share = made.keep(student, Net(0.0), suspicious, batches(), 100, generator_for(1), judge=judge)
         return share, made.came_back, "lost too much accuracy" in made.sentence
 
     def told(evidence, back):

@@ -101,6 +101,17 @@ def test_truncated_files_are_named(net, tmp_path, suffix, keep):
         read_state_dict(path)
 
 
+def test_of_a_folder_it_is_said_what_to_name(net, tmp_path):
+    with pytest.raises(ValueError, match=r"Expected `weights` to be a file, but got the folder '.*'\.$"):
+        read_state_dict(tmp_path)
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"Name a file in it: model\.safetensors\.$"):
+        read_state_dict(tmp_path)
+    (tmp_path / ".metadata").touch()  # as torch.distributed.checkpoint writes it
+    with pytest.raises(ValueError, match="a sharded checkpoint. Write it as one file with `python -m lightning"):
+        read_state_dict(tmp_path)
+
+
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="Expected `weights` to be an existing file"):
         read_state_dict(tmp_path / "missing.pt")

@@ -279,16 +279,10 @@ class NBA(Distillation):
                 generator,
                 self.reduce,
                 self._right,
-                self._held_out(),
             )
         self.accepted.fill_(share)
 
-    def _right(self, network: nn.Module) -> float:
-        """Accuracy on the images that are held out; 0 of every network where there are none."""
+    def _right(self, network: nn.Module) -> tuple[float, int]:
+        """Accuracy on the images that are held out, and their number; nothing where there are none."""
         found = answers(self.trainer, network)
-        return 0.0 if found is None else found.accuracy().value
-
-    def _held_out(self) -> int:
-        """How many images are held out."""
-        found = answers(self.trainer, self.model)
-        return 0 if found is None else len(found.labels)
+        return (0.0, 0) if found is None else (found.accuracy().value, len(found.labels))

@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from nba_lightning.core.checks import first_few
+
 _TO_SAVE = "where its author is trusted, and write `torch.save(model.state_dict(), ...)`"
 _NUMBER = np.float64(0).__reduce__()[0]  # the function that makes numpy's numbers from bytes; its home was renamed
 _HARMLESS: list[Any] = [
@@ -34,6 +36,9 @@ _FOREIGN = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull`",
     b"<": "a web page or XML, not a download of the file itself",
 }
+
+_SUFFIXES = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
+"""Of files that hold weights, as a rule."""
 
 
 @contextmanager
@@ -62,8 +67,10 @@ def read_tensor_file(path: Path, name: str = "weights") -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is corrupt, of another kind, no dictionary, or would need unpickling code.
+        ValueError: if it is corrupt, of another kind, a folder, no dictionary, or would need unpickling code.
     """
+    if path.is_dir():
+        raise ValueError(f"Expected `{name}` to be a file, but got the folder {str(path)!r}{_folder_kind(path)}.")
     if not path.is_file():
         raise FileNotFoundError(f"Expected `{name}` to be an existing file, but got {str(path)!r}.")
     with path.open("rb") as file:
@@ -72,6 +79,15 @@ def read_tensor_file(path: Path, name: str = "weights") -> Mapping[str, Any]:
     if foreign:
         raise ValueError(f"{str(path)!r} is {foreign}.")
     return _read_safetensors(path) if start[8:9] == b"{" else _read_torch(path, start)
+
+
+def _folder_kind(path: Path) -> str:
+    """What a folder is, and which file of it to name."""
+    if (path / ".metadata").is_file():
+        command = f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        return f", a sharded checkpoint. Write it as one file with `{command}`"
+    files = sorted(one.name for one in path.iterdir() if one.suffix in _SUFFIXES)
+    return f". Name a file in it: {first_few(files)}" if files else ""
 
 
 def _foreign_kind(path: Path, start: bytes) -> str | None:

@@ -1,6 +1,6 @@
 """How much of the suspicious network's knowledge can be kept without its backdoor."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,8 @@ from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.pseudo.base import Reduce, same
 from nba_lightning.training.evidence import Evidence, Search
 from nba_lightning.training.sweep import allowed_loss
+from nba_lightning.training.ways import Place, over_the_student, set_between
 
-State = Mapping[str, Tensor]
-Place = tuple[State, State, float]  # between which weights, and how far from the first
 _OVER, _DIRECT = "over the student", "direct"
 _LESS_AGREEMENT = 0.01
 """How much less often than the teacher a network may agree with the suspicious one, for chance."""
@@ -139,8 +138,7 @@ class Verification:
         one_pass: int,
         generator: torch.Generator | None = None,
         reduce: Reduce = same,
-        judge: Callable[[nn.Module], float] | None = None,
-        held_out: int = 0,
+        judge: Callable[[nn.Module], tuple[float, int]] = lambda network: (0.0, 0),
     ) -> float:
         """Leave in ``student`` what passes.
 
@@ -152,8 +150,8 @@ class Verification:
             one_pass: after how many batches they come again.
             generator: source of randomness, the same on all processes.
             reduce: averages a tensor over all processes.
-            judge: accuracy of a network on clean images that nothing was fitted to; ``None`` where there are none.
-            held_out: their number.
+            judge: accuracy of a network on clean images that nothing was fitted to, and their number; (0, 0) where
+                there are none.
 
         Returns:
             r of what is kept; 0 if it is the teacher.
@@ -174,9 +172,8 @@ class Verification:
         sighted = bool(evidence.suspects.any())
         ways: dict[str, list[tuple[float, Place]]] = {
             _DIRECT: [(r, (start, end, r)) for r in self.direct if sighted],
-            _OVER: [(r, _place(r, start, learned, end)) for r in self.shares if sighted or r <= 1],
+            _OVER: [(r, over_the_student(r, start, learned, end)) for r in self.shares if sighted or r <= 1],
         }
-        right = judge or (lambda network: 0.0)
         least = evidence.agreement(teacher) - _LESS_AGREEMENT
         found: list[_Found] = []
         for way, places in ways.items():
@@ -184,13 +181,13 @@ class Verification:
                 set_between(student, *place)
                 if evidence.agreement(student) < least:
                     continue
-                one = _Found(way, r, place, *evidence.came_back(student, f"{way} {r:g}"), right(student))
+                one = _Found(way, r, place, *evidence.came_back(student, f"{way} {r:g}"), judge(student)[0])
                 found.append(one)
                 if self._within(one.back, one.elsewhere, margin):
                     break
-        found.append(_Found("", 0.0, (start, start, 0.0), 0.0, 0.0, right(teacher)))
-        before = right(suspicious)
-        least_right = before - allowed_loss(before, held_out, self.max_loss) - 1e-9 if held_out else 0.0
+        found.append(_Found("", 0.0, (start, start, 0.0), 0.0, 0.0, judge(teacher)[0]))
+        before, images = judge(suspicious)
+        least_right = before - allowed_loss(before, images, self.max_loss) - 1e-9 if images else 0.0
         kept = self._choice(found, margin, self.most * min(1.0, seen / self.search.images), least_right)
         set_between(student, *kept.place)
         self.rates, self.came_back = evidence.rates, kept.back if kept.back > margin + 1e-6 else 0.0
@@ -251,22 +248,6 @@ class Verification:
 
     def _within(self, suspected: float, elsewhere: float, margin: float) -> bool:
         return suspected <= margin + 1e-6 and elsewhere <= self.margin_elsewhere + 1e-6
-
-
-def _place(r: float, teacher: State, student: State, suspicious: State) -> Place:
-    """Where on the way over the student: between what, and how far."""
-    return (student, suspicious, r - 1) if r > 1 else (teacher, student, r)
-
-
-@torch.no_grad()
-def set_between(network: nn.Module, start: State, end: State, share: float) -> None:
-    """Weights and statistics of ``network``: ``start`` + share * (``end`` - ``start``)."""
-    for name, value in network.state_dict().items():
-        if value.is_floating_point():
-            value.copy_(torch.lerp(start[name].to(value.device).float(), end[name].to(value.device).float(), share))
-        else:
-            value.copy_(end[name] if share else start[name])
-    torch.clear_autocast_cache()  # else what follows would run on half-precision copies of the weights before
 
 
 def _sentence(kept: _Found, margin: float, evidence: Evidence) -> str:

@@ -153,7 +153,7 @@ def test_what_is_verified_is_what_every_file_holds(network, clean_digits, traine
     asked = []
 
     def keep(student, *args):
-        asked.append(args[-1])
+        asked.append(args[-1](student)[1])
         module.verification.came_back, module.verification.sentence = 0.125, "Verified."
         return nn.init.constant_(student.fc.bias, 7.0) is None or 0.5
 
