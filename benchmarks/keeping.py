@@ -158,8 +158,8 @@ def kept_fit(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     kept = Kept(str(path) if meter.finite else None, meter.passes, meter.seconds, meter.peak_memory_mib)
     if isinstance(module, NBA):
         came_back = round(module.verification.came_back, 4)
-        told = {"kept": round(float(module.accepted), 4), "came_back": came_back, "won": module.verification.rates}
-        kept.sweeps["verification"] = told
+        verified = {"kept": round(float(module.accepted), 4), "came_back": came_back, "won": module.verification.rates}
+        kept.sweeps["verification"] = verified
     partial = path.with_name(f"{subject.name}-{key}.partial")  # two processes may make the same one
     save_weights(module.model.state_dict(), partial)
     partial.replace(path)

@@ -256,6 +256,7 @@ def test_where_what_passes_lost_too_much_accuracy_as_little_as_it_asks_for_comes
 
     assert kept(0.9) == (1e-6, 0.0, False)  # nothing has to come back
     assert kept(0.7) == (0.25, 0.1, True)
+    assert kept(0.7, most=0.4) == (0.25, 0.1, True)  # 0.5 of the way would do as well, and gives back more
     assert kept(0.5) == (1e-6, 0.0, False)  # 0.5 of the way would do, but 0.3 of the gap is more than may come back
     assert kept(0.5, most=0.4) == (0.5, 0.3, True)
     assert kept(0.7, most=0.0) == (1e-6, 0.0, False)

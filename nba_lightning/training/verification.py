@@ -60,7 +60,7 @@ class Verification:
     the one is kept that is right on more of the images held out, without such images the one on the direct way; the
     teacher if there is none, or if it is right on more than both. If that one is right on fewer than the owner can do
     with, the network takes its place from which least came back of those that are right on as many, if it is no more
-    than ``most`` of the gap; the owner is warned. Where no class is suspected, only the way to the
+    than ``most`` of the gap, whatever other classes win; the owner is warned. Where no class is suspected, only the way to the
     student is gone: what cannot be seen is not asked for. Of fewer than ``least_images`` clean images the margin is a
     few images, and the teacher is kept. BatchNorm statistics are mixed like the weights;
     estimated anew on plain images they would not be those of the mixture with pseudo samples on which all were learned.
@@ -200,7 +200,7 @@ class Verification:
         best = max((one for one in found if self._within(one.back, one.elsewhere, margin)), key=lambda one: one.right)
         if best.right >= least_right:
             return best
-        enough = [one for one in found if one.right >= least_right and self._within(one.back, one.elsewhere, most)]
+        enough = [one for one in found if one.right >= least_right and one.back <= most]
         return min(enough, key=lambda one: one.back, default=best)
 
     def withstanding(
