@@ -1,6 +1,7 @@
 """What the benchmarks share: parts built from ``configs/``, the Trainer, cells run side by side, provenance, JSON."""
 
 import argparse
+import copy
 import json
 import logging
 import platform
@@ -119,10 +120,11 @@ def merged(base: Any, change: Any) -> Any:
 
 
 def build(base: type, spec: Any) -> Any:
-    """An instance from ``class_path`` and ``init_args``."""
+    """An instance from ``class_path`` and ``init_args``, which stay as they are."""
     instances = ArgumentParser(exit_on_error=False)
     instances.add_argument("--part", type=base)
-    return instances.instantiate_classes(instances.parse_object({"part": spec})).part
+    own = copy.deepcopy(spec)  # the parser changes what lists hold
+    return instances.instantiate_classes(instances.parse_object({"part": own})).part
 
 
 def network_spec(args: argparse.Namespace) -> Any:

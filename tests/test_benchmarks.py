@@ -130,6 +130,17 @@ def test_attacks_that_train_something_of_their_own_get_images_that_nobody_trigge
         assert (folder / "work" / f"{name}.attack.safetensors").exists()
 
 
+def test_what_is_built_of_a_configuration_leaves_it_as_it_is():
+    from common import build, config, merged
+
+    found = merged(
+        config("defense", "nba"), yaml.safe_load((BENCHMARKS / "ablations" / "without_patch.yaml").read_text())
+    )
+    before = json.dumps(found)
+    build(Defense, merged(found["model"], {"init_args": {"model": NETWORK}}))
+    assert json.dumps(found) == before
+
+
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_ablation_names_arguments_of_the_method(path):
     from common import build, config, merged

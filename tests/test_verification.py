@@ -1,5 +1,6 @@
 """Verification: perturbations tell a network that fell back from one that did not, and how much is kept."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -7,7 +8,7 @@ from nba_lightning.core.randomness import generator_for
 from nba_lightning.training import evidence as searching
 from nba_lightning.training.evidence import Search
 from nba_lightning.training.verification import Verification
-from nba_lightning.training.ways import set_between
+from nba_lightning.training.ways import place_on, set_at
 
 
 class Net(nn.Module):
@@ -127,24 +128,32 @@ def test_a_suspected_class_is_held_to_the_margin_and_others_to_theirs():
     assert [made.passes(Net(0.0), evidence, str(k)) for k in (1, 2, 3)] == [True, False, False]
 
 
-def test_of_two_ways_and_the_teacher_the_one_that_is_right_more_often_is_kept():
+def test_of_three_ways_and_the_teacher_the_one_that_is_right_most_often_is_kept():
     # Nothing of the backdoor is left at 1e-6 of it.
     def kept(judge):
         teacher, student, suspicious = Net(0.0), Net(0.0), Net(2000.0)
         student.steps.data += 4.0
-        made = Verification((1.0,), (0.9, 1e-6), search=Search(sizes=(0.1,), steps=20, images=300))
+        made = Verification((1.0,), (0.9, 1e-6), (0.9, 2e-6), search=SEARCH)
         told = {} if judge is None else {"judge": lambda network: (judge(network), 0)}
         share = made.keep(student, teacher, suspicious, batches(), 100, generator_for(1), **told)
-        assert made.rates["direct 0.9"][0] > 0.5
-        return share, float(student.steps.detach()), "from the teacher back to the suspicious" in made.sentence
+        assert min(made.rates["direct 0.9"][0], made.rates["halfway 0.9"][0]) > 0.5
+        said = ("the mean of the student and of", "from the teacher back to the suspicious", "what the student learned")
+        return share, float(student.steps.detach()), next(n for n, words in enumerate(said) if words in made.sentence)
 
-    assert kept(lambda network: float(network.steps.detach())) == (1.0, 4.0, False)
-    assert kept(lambda network: -float(network.steps.detach())) == (1e-6, 0.0, True)
-    assert kept(None) == (1e-6, 0.0, True)  # nothing tells them apart
-    assert kept(lambda network: 0.8) == (1e-6, 0.0, True)
-    # The teacher, which is neither: it has no backdoor at all and made no steps.
-    only = lambda network: float(network.backdoor.detach() == 0 and network.steps.detach() == 0)  # noqa: E731
-    assert kept(only) == (0.0, 0.0, False)
+    assert kept(lambda network: float(network.steps.detach())) == (1.0, 4.0, 2)
+    assert kept(lambda network: -float(network.steps.detach())) == (1e-6, 0.0, 1)
+    assert kept(lambda network: float(network.steps.detach() == 2)) == (2e-6, 2.0, 0)
+    assert kept(None) == (2e-6, 2.0, 0)  # nothing tells them apart
+    assert kept(lambda network: 0.8) == (2e-6, 2.0, 0)
+
+
+def test_a_teacher_that_is_right_more_often_than_what_passes_stays():
+    teacher, student = Net(0.0), Net(0.0)
+    student.steps.data += 4.0
+    judge = lambda network: (float(network.backdoor.detach() == 0 and network.steps.detach() == 0), 0)  # noqa: E731
+    made = Verification((1.0,), (1e-6,), (2e-6,), search=SEARCH)
+    assert made.keep(student, teacher, Net(2000.0), batches(), 100, generator_for(1), judge=judge) == 0.0
+    assert float(student.steps.detach()) == 0.0
 
 
 def test_of_the_sizes_the_one_counts_at_which_a_class_is_furthest_ahead():
@@ -199,18 +208,34 @@ def test_of_many_classes_those_to_which_synthetic_triggers_move_the_suspicious_n
 
 
 def test_statistics_are_mixed_like_weights():
-    network, start, end = (nn.BatchNorm2d(3) for _ in range(3))
-    start.running_mean.fill_(1.0), end.running_mean.fill_(3.0)
-    set_between(network, start.state_dict(), end.state_dict(), 0.25)
-    assert network.running_mean.tolist() == [1.5] * 3
+    network, *ends = (nn.BatchNorm2d(3) for _ in range(4))
+    for value, end in enumerate(ends, start=1):
+        end.running_mean.fill_(value**2), end.num_batches_tracked.fill_(value)
+    set_at(network, (0.5, 0.25), *(end.state_dict() for end in ends))
+    assert network.running_mean.tolist() == [0.25 + 0.5 * 4 + 0.25 * 9] * 3
+    assert int(network.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize(
+    ("way", "r", "place"),
+    [
+        ("direct", 0.3, (0.0, 0.3)),
+        ("over the student", 0.25, (0.25, 0.0)),
+        ("over the student", 1.0, (1.0, 0.0)),
+        ("over the student", 1.75, (0.25, 0.75)),
+        ("halfway", 0.6, (0.5, 0.3)),  # the mean of student and 0.6 of the direct way
+    ],
+)
+def test_places_are_shares_of_student_and_suspicious_network(way, r, place):
+    assert place_on(way, r) == place
 
 
 def test_weights_between_are_those_that_a_half_precision_pass_sees():
-    network, start, end = (nn.Linear(4, 3) for _ in range(3))
-    images = torch.rand(2, 4)
+    network, teacher, student, suspicious = (nn.Linear(4, 3) for _ in range(4))
+    images, states = torch.rand(2, 4), [one.state_dict() for one in (teacher, student, suspicious)]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for share, other in ((1.0, end), (0.0, start)):
-            set_between(network, start.state_dict(), end.state_dict(), share)
+        for place, other in (((0.0, 1.0), suspicious), ((1.0, 0.0), student), ((0.0, 0.0), teacher)):
+            set_at(network, place, *states)
             with torch.enable_grad():
                 assert torch.equal(network(images), other(images))
 
@@ -241,7 +266,7 @@ def test_where_what_passes_lost_too_much_accuracy_as_little_as_it_asks_for_comes
     def kept(max_loss, held_out=100, **kwargs):
         suspicious, student = Net(2000.0), Net(0.0)
         suspicious.steps.data += 0.9
-        made = Verification((1.0,), (0.75, 0.5, 0.25, 1e-6), max_loss=max_loss, search=SEARCH, **kwargs)
+        made = Verification((1.0,), (0.75, 0.5, 0.25, 1e-6), (), max_loss=max_loss, search=SEARCH, **kwargs)
         back = iter([0.0, 0.6, 0.3, 0.1, 0.0, 0.0])
         made.search = lambda *given: told(SEARCH(*given), back)
         made.search.images = 300

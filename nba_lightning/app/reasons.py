@@ -54,5 +54,5 @@ def _accepted(share: float | None) -> str:
         return "Nothing of the suspicious network passed verification: what is kept is the teacher."
     return (
         "How far from the teacher the network lies that is kept: on the way over the student (1 is it, more is "
-        "beyond it) or straight towards the suspicious network; `verified` says which way."
+        "beyond it), straight towards the suspicious network, or half way between; `verified` says which way."
     )

@@ -11,9 +11,8 @@ from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.pseudo.base import Reduce, same
 from nba_lightning.training.evidence import Evidence, Search
 from nba_lightning.training.sweep import allowed_loss
-from nba_lightning.training.ways import Place, over_the_student, set_between
+from nba_lightning.training.ways import DIRECT, HALFWAY, OVER, Place, place_on, set_at
 
-_OVER, _DIRECT = "over the student", "direct"
 _LESS_AGREEMENT = 0.01
 """How much less often than the teacher a network may agree with the suspicious one, for chance."""
 _TEACHERS_MARGIN = 0.01
@@ -27,7 +26,7 @@ class _Found:
     Attributes:
         way: which; empty for the teacher.
         r: how far on it.
-        place: its weights.
+        place: where it lies.
         back: share of the gap of suspected classes that it gives back.
         elsewhere: likewise, of the images, for other classes.
         right: its accuracy on held-out images; 0 where there are none.
@@ -46,32 +45,34 @@ class Verification:
 
     A backdoor makes the target class easy to reach, and a network that has learned it falls for what the suspicious
     network :math:`S_0` falls for and the teacher T withstands (:class:`~nba_lightning.training.evidence.Search`).
-    Networks lie on two ways, over the student S and past it, and straight:
+    Networks lie on three ways: straight, over the student S and past it, and half way between both,
 
-    .. math:: T + r (S - T) \; (r \le 1), \quad S + (r - 1) (S_0 - S) \; (r > 1) \qquad \textrm{and} \qquad
-        T + r (S_0 - T)
+    .. math:: T + r (S_0 - T), \qquad T + r (S - T) \; (r \le 1), \quad S + (r - 1) (S_0 - S) \; (r > 1) \qquad
+        \textrm{and} \qquad \tfrac12 S + \tfrac12 (T + r (S_0 - T))
 
     On each way, from the largest r down, the first network is found from which no suspected class wins more images than
     from the teacher, but for ``margin`` of the gap between teacher and :math:`S_0`, and no other class more than
     ``margin_elsewhere`` of the images or half of its gap. The fewer images there are, the worse perturbations show the
     backdoor, and the less may come back: with n of the N images that the search takes n/N of the margin. The network
     must also agree with the suspicious one on clean images as often as the teacher does: weights that are far apart
-    may have nothing but ruins between them. Of the two
-    the one is kept that is right on more of the images held out, without such images the one on the direct way; the
-    teacher if there is none, or if it is right on more than both. If that one is right on fewer than the owner can do
-    with, the network takes its place from which least came back of those that are right on as many, if it is no more
-    than ``most`` of the gap, whatever other classes win; the owner is warned. Where no class is suspected, only the way to the
-    student is gone: what cannot be seen is not asked for. Of fewer than ``least_images`` clean images the margin is a
-    few images, and the teacher is kept. BatchNorm statistics are mixed like the weights;
-    estimated anew on plain images they would not be those of the mixture with pseudo samples on which all were learned.
+    may have nothing but ruins between them. Of the three the one is kept that is right on most of the images held out,
+    without such images the one half way; the teacher if there is none, or if it is right on more than all. If that one
+    is right on fewer than the owner can do with, the network takes its place from which least came back of those that
+    are right on as many, if it is no more than ``most`` of the gap, whatever other classes win; the owner is warned.
+    Where no class is suspected, only the way to the student is gone: what cannot be seen is not asked for. Of fewer
+    than ``least_images`` clean images the margin is a few images, and the teacher is kept. BatchNorm statistics are
+    mixed like the weights; estimated anew on plain images they would not be those of the mixture with pseudo samples on
+    which all were learned.
 
     Ours; what led to the thresholds is in ``benchmarks/METHOD.md``. Weights between a network and what was fine-tuned
     from it are as in Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022 (arXiv 2109.01903), section
-    3. What it cannot see: a backdoor whose trigger no small perturbation of the image resembles.
+    3, means of several such networks as in Wortsman et al., "Model soups", ICML 2022 (arXiv 2203.05482). What it cannot
+    see: a backdoor whose trigger no small perturbation of the image resembles.
 
     Args:
         shares: r of the way over the student, in (0, 2], from the largest to the smallest.
         direct: r of the direct way, in (0, 1], from the largest to the smallest.
+        halfway: likewise, of the way half way between that and the student.
         margin: see above; a share of the gap, in [0, 1], for as many images as the search takes.
         margin_elsewhere: see above; a share of the images.
         max_loss: accuracy on held-out images that the owner can do without, in [0, 1]; chance is allowed for by
@@ -93,6 +94,7 @@ class Verification:
         self,
         shares: Sequence[float] = (1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25),
         direct: Sequence[float] = (0.75, 0.6, 0.45, 0.3, 0.15),
+        halfway: Sequence[float] = (0.75, 0.6, 0.45, 0.3, 0.15),
         margin: float = 0.04,
         margin_elsewhere: float = 0.1,
         max_loss: float = 0.05,
@@ -100,7 +102,7 @@ class Verification:
         search: Search | None = None,
         least_images: int = 200,
     ) -> None:
-        for name, way, high in (("shares", shares, 2.0), ("direct", direct, 1.0)):
+        for name, way, high in (("shares", shares, 2.0), ("direct", direct, 1.0), ("halfway", halfway, 1.0)):
             for share in way:
                 check_range(name, share, 0.0, high, open_low=True)
             if sorted(way, reverse=True) != list(way):
@@ -109,7 +111,8 @@ class Verification:
         for name, limit in limits.items():
             check_range(name, limit, 0.0, 1.0)
         check_at_least("least_images", least_images, 0)
-        self.shares, self.direct, self.least_images = list(shares), list(direct), least_images
+        self.shares, self.direct, self.halfway = list(shares), list(direct), list(halfway)
+        self.least_images = least_images
         self.margin, self.margin_elsewhere, self.search = margin, margin_elsewhere, search or Search()
         self.max_loss, self.most = max_loss, most
         self.rates: dict[str, list[float]] = {}
@@ -127,7 +130,7 @@ class Verification:
         """What it costs at most, for a network of so many classes and so many clean images; as ``Search.passes``."""
         if not self.can_tell(images):
             return 0
-        return self.search.passes(classes, images, len(self.shares) + len(self.direct))
+        return self.search.passes(classes, images, len(self.shares) + len(self.direct) + len(self.halfway))
 
     def keep(
         self,
@@ -156,9 +159,11 @@ class Verification:
         Returns:
             r of what is kept; 0 if it is the teacher.
         """
+        learned = {name: value.clone() for name, value in student.state_dict().items()}
+        states = (teacher.state_dict(), learned, suspicious.state_dict())
         seen = one_pass * len(next(batches))
         if not self.can_tell(seen):
-            set_between(student, teacher.state_dict(), teacher.state_dict(), 0.0)
+            set_at(student, (0.0, 0.0), *states)
             self.rates, self.came_back = {}, 0.0
             self.sentence = (
                 "Verified: nothing of the suspicious network is kept, what is left is the teacher; "
@@ -167,29 +172,26 @@ class Verification:
             rank_zero_info(self.sentence)
             return 0.0
         evidence, margin = self.search(suspicious, teacher, batches, one_pass, generator, reduce), self.margin_of(seen)
-        start, end = teacher.state_dict(), suspicious.state_dict()
-        learned = {name: value.clone() for name, value in student.state_dict().items()}
         sighted = bool(evidence.suspects.any())
-        ways: dict[str, list[tuple[float, Place]]] = {
-            _DIRECT: [(r, (start, end, r)) for r in self.direct if sighted],
-            _OVER: [(r, over_the_student(r, start, learned, end)) for r in self.shares if sighted or r <= 1],
-        }
+        ways = {HALFWAY: self.halfway, DIRECT: self.direct, OVER: self.shares}
+        if not sighted:
+            ways = {OVER: [r for r in self.shares if r <= 1]}
         least = evidence.agreement(teacher) - _LESS_AGREEMENT
         found: list[_Found] = []
-        for way, places in ways.items():
-            for r, place in places:
-                set_between(student, *place)
+        for way, shares in ways.items():
+            for r in shares:
+                set_at(student, place := place_on(way, r), *states)
                 if evidence.agreement(student) < least:
                     continue
                 one = _Found(way, r, place, *evidence.came_back(student, f"{way} {r:g}"), judge(student)[0])
                 found.append(one)
                 if self._within(one.back, one.elsewhere, margin):
                     break
-        found.append(_Found("", 0.0, (start, start, 0.0), 0.0, 0.0, judge(teacher)[0]))
+        found.append(_Found("", 0.0, (0.0, 0.0), 0.0, 0.0, judge(teacher)[0]))
         before, images = judge(suspicious)
         least_right = before - allowed_loss(before, images, self.max_loss) - 1e-9 if images else 0.0
         kept = self._choice(found, margin, self.most * min(1.0, seen / self.search.images), least_right)
-        set_between(student, *kept.place)
+        set_at(student, kept.place, *states)
         self.rates, self.came_back = evidence.rates, kept.back if kept.back > margin + 1e-6 else 0.0
         self.sentence = _sentence(kept, margin, evidence)
         rank_zero_info(self.sentence)
@@ -266,7 +268,10 @@ def _sentence(kept: _Found, margin: float, evidence: Evidence) -> str:
         )
     if not bool(evidence.suspects.any()):
         told += " No class stands out, so a backdoor that is there would not have been seen."
-    if kept.way == _DIRECT:
+    if kept.way == HALFWAY:
+        straight = f"{100 * r:.0f} % of the way from the teacher back to the suspicious network"
+        what = f"the mean of the student and of {straight} is kept"
+    elif kept.way == DIRECT:
         what = f"{100 * r:.0f} % of the way from the teacher back to the suspicious network is kept"
     elif r:
         more = f", and {100 * (r - 1):.0f} % of the way from the student on to it" if r > 1 else ""
