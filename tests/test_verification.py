@@ -263,25 +263,26 @@ def test_the_fewer_images_the_less_may_come_back():
 
 def test_where_what_passes_lost_too_much_accuracy_as_little_as_it_asks_for_comes_back():
     # On the straight way networks come nearer to the suspicious one; each is right on as many images as it has steps.
-    def kept(max_loss, held_out=100, **kwargs):
+    back = {"direct 0.75": 0.6, "direct 0.5": 0.3, "direct 0.25": 0.1, "over the student 1.5": 0.05}
+
+    def search(*given):
+        evidence = SEARCH(*given)
+        evidence.came_back = lambda network, name: (back.get(name, 0.0), 0.0)
+        return evidence
+
+    def kept(max_loss, held_out=100, shares=(1.0,), **kwargs):
         suspicious, student = Net(2000.0), Net(0.0)
         suspicious.steps.data += 0.9
-        made = Verification((1.0,), (0.75, 0.5, 0.25, 1e-6), (), max_loss=max_loss, search=SEARCH, **kwargs)
-        back = iter([0.0, 0.6, 0.3, 0.1, 0.0, 0.0])
-        made.search = lambda *given: told(SEARCH(*given), back)
-        made.search.images = 300
+        made = Verification(shares, (0.75, 0.5, 0.25, 1e-6), (), max_loss=max_loss, search=SEARCH, **kwargs)
+        made.search, search.images = search, SEARCH.images
         judge = lambda network: (float(network.steps.detach()), held_out)  # noqa: E731
         share = made.keep(student, Net(0.0), suspicious, batches(), 100, generator_for(1), judge=judge)
         return share, made.came_back, "lost too much accuracy" in made.sentence
 
-    def told(evidence, back):
-        next(back)
-        evidence.came_back = lambda network, name: (next(back), 0.0)
-        return evidence
-
     assert kept(0.9) == (1e-6, 0.0, False)  # nothing has to come back
     assert kept(0.7) == (0.25, 0.1, True)
     assert kept(0.7, most=0.4) == (0.25, 0.1, True)  # 0.5 of the way would do as well, and gives back more
+    assert kept(0.7, shares=(1.5, 1.0)) == (0.25, 0.1, True)  # what a student learned of the backdoor shows less
     assert kept(0.5) == (1e-6, 0.0, False)  # 0.5 of the way would do, but 0.3 of the gap is more than may come back
     assert kept(0.5, most=0.4) == (0.5, 0.3, True)
     assert kept(0.7, most=0.0) == (1e-6, 0.0, False)

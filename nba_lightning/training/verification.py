@@ -57,8 +57,9 @@ class Verification:
     must also agree with the suspicious one on clean images as often as the teacher does: weights that are far apart
     may have nothing but ruins between them. Of the three the one is kept that is right on most of the images held out,
     without such images the one half way; the teacher if there is none, or if it is right on more than all. If that one
-    is right on fewer than the owner can do with, the network takes its place from which least came back of those that
-    are right on as many, if it is no more than ``most`` of the gap, whatever other classes win; the owner is warned.
+    is right on fewer than the owner can do with, the network of the direct way takes its place that gives back least of
+    those that are right on as many, if it is no more than ``most`` of the gap, whatever other classes win; the owner is
+    warned. (What a student has learned of the backdoor shows less.)
     Where no class is suspected, only the way to the student is gone: what cannot be seen is not asked for. Of fewer
     than ``least_images`` clean images the margin is a few images, and the teacher is kept. BatchNorm statistics are
     mixed like the weights; estimated anew on plain images they would not be those of the mixture with pseudo samples on
@@ -202,7 +203,7 @@ class Verification:
         best = max((one for one in found if self._within(one.back, one.elsewhere, margin)), key=lambda one: one.right)
         if best.right >= least_right:
             return best
-        enough = [one for one in found if one.right >= least_right and one.back <= most]
+        enough = [one for one in found if one.right >= least_right and one.back <= most and one.way == DIRECT]
         return min(enough, key=lambda one: one.back, default=best)
 
     def withstanding(
