@@ -128,23 +128,30 @@ def test_a_suspected_class_is_held_to_the_margin_and_others_to_theirs():
     assert [made.passes(Net(0.0), evidence, str(k)) for k in (1, 2, 3)] == [True, False, False]
 
 
-def test_of_three_ways_and_the_teacher_the_one_that_is_right_most_often_is_kept():
-    # Nothing of the backdoor is left at 1e-6 of it.
-    def kept(judge):
+def test_of_three_ways_the_one_half_way_is_kept_unless_another_is_right_more_often_than_by_chance():
+    # Nothing of the backdoor is left at 1e-6 of it. The student makes 4 steps, half way 2, straight none.
+    def kept(right, images=400):
         teacher, student, suspicious = Net(0.0), Net(0.0), Net(2000.0)
         student.steps.data += 4.0
-        made = Verification((1.0,), (0.9, 1e-6), (0.9, 2e-6), search=SEARCH)
-        told = {} if judge is None else {"judge": lambda network: (judge(network), 0)}
+        made = Verification((1.0,), (0.9, 1e-6), (0.9, 2e-6), search=SEARCH, max_loss=1.0)
+        judge = lambda network: (right(float(network.steps.detach())), images)  # noqa: E731
+        told = {} if right is None else {"judge": judge}
         share = made.keep(student, teacher, suspicious, batches(), 100, generator_for(1), **told)
         assert min(made.rates["direct 0.9"][0], made.rates["halfway 0.9"][0]) > 0.5
         said = ("the mean of the student and of", "from the teacher back to the suspicious", "what the student learned")
         return share, float(student.steps.detach()), next(n for n, words in enumerate(said) if words in made.sentence)
 
-    assert kept(lambda network: float(network.steps.detach())) == (1.0, 4.0, 2)
-    assert kept(lambda network: -float(network.steps.detach())) == (1e-6, 0.0, 1)
-    assert kept(lambda network: float(network.steps.detach() == 2)) == (2e-6, 2.0, 0)
-    assert kept(None) == (2e-6, 2.0, 0)  # nothing tells them apart
-    assert kept(lambda network: 0.8) == (2e-6, 2.0, 0)
+    half, straight, over = (2e-6, 2.0, 0), (1e-6, 0.0, 1), (1.0, 4.0, 2)
+    # The standard error of 400 images at 0.8 is 0.02.
+    assert kept(None) == half  # nothing tells them apart
+    assert kept(lambda steps: 0.8) == half
+    assert kept({0.0: 0.8, 2.0: 0.8, 4.0: 0.819}.get) == half
+    assert kept({0.0: 0.8, 2.0: 0.8, 4.0: 0.821}.get) == over
+    assert kept({0.0: 0.8, 2.0: 0.8, 4.0: 0.821}.get, images=100) == half
+    assert (
+        kept({0.0: 0.8, 2.0: 0.79, 4.0: 0.79}.get) == straight
+    )  # the teacher makes no steps either, and is right more
+    assert kept({0.0: 0.8, 2.0: 0.79, 4.0: 0.81}.get) == over
 
 
 def test_a_teacher_that_is_right_more_often_than_what_passes_stays():

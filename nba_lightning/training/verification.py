@@ -1,7 +1,6 @@
 """How much of the suspicious network's knowledge can be kept without its backdoor."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -9,35 +8,15 @@ from torch import Tensor, nn
 
 from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.pseudo.base import Reduce, same
+from nba_lightning.training.choice import Found, choose
 from nba_lightning.training.evidence import Evidence, Search
 from nba_lightning.training.sweep import allowed_loss
-from nba_lightning.training.ways import DIRECT, HALFWAY, OVER, Place, place_on, set_at
+from nba_lightning.training.ways import DIRECT, HALFWAY, OVER, place_on, set_at
 
 _LESS_AGREEMENT = 0.01
 """How much less often than the teacher a network may agree with the suspicious one, for chance."""
 _TEACHERS_MARGIN = 0.01
 """The margin between teachers: what one gives back no student takes away again, so it is asked for more."""
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A network that was looked at.
-
-    Attributes:
-        way: which; empty for the teacher.
-        r: how far on it.
-        place: where it lies.
-        back: share of the gap of suspected classes that it gives back.
-        elsewhere: likewise, of the images, for other classes.
-        right: its accuracy on held-out images; 0 where there are none.
-    """
-
-    way: str
-    r: float
-    place: Place
-    back: float
-    elsewhere: float
-    right: float
 
 
 class Verification:
@@ -55,11 +34,14 @@ class Verification:
     ``margin_elsewhere`` of the images or half of its gap. The fewer images there are, the worse perturbations show the
     backdoor, and the less may come back: with n of the N images that the search takes n/N of the margin. The network
     must also agree with the suspicious one on clean images as often as the teacher does: weights that are far apart
-    may have nothing but ruins between them. Of the three the one is kept that is right on most of the images held out,
-    without such images the one half way; the teacher if there is none, or if it is right on more than all. If that one
-    is right on fewer than the owner can do with, the network of the direct way takes its place that gives back least of
-    those that are right on as many, if it is no more than ``most`` of the gap, whatever other classes win; the owner is
-    warned. (What a student has learned of the backdoor shows less.)
+    may have nothing but ruins between them.
+
+    Of the three the one half way is kept, unless it is right on fewer of the images held out than the teacher, or than
+    another by more than their standard error; then the one that is right on most of them, the teacher among them. If
+    that lost more than the owner can do without, the network of the direct way takes its place that gives back least of
+    those that did not, if it is no more than ``most`` of the gap, whatever other classes win; the owner is warned.
+    (Of a backdoor that a student has learned the perturbations show less, so no other way may give more.)
+
     Where no class is suspected, only the way to the student is gone: what cannot be seen is not asked for. Of fewer
     than ``least_images`` clean images the margin is a few images, and the teacher is kept. BatchNorm statistics are
     mixed like the weights; estimated anew on plain images they would not be those of the mixture with pseudo samples on
@@ -178,33 +160,29 @@ class Verification:
         if not sighted:
             ways = {OVER: [r for r in self.shares if r <= 1]}
         least = evidence.agreement(teacher) - _LESS_AGREEMENT
-        found: list[_Found] = []
+        found: list[Found] = []
         for way, shares in ways.items():
             for r in shares:
                 set_at(student, place := place_on(way, r), *states)
                 if evidence.agreement(student) < least:
                     continue
-                one = _Found(way, r, place, *evidence.came_back(student, f"{way} {r:g}"), judge(student)[0])
-                found.append(one)
-                if self._within(one.back, one.elsewhere, margin):
+                back, elsewhere = evidence.came_back(student, f"{way} {r:g}")
+                passes = self._within(back, elsewhere, margin)
+                found.append(Found(way, r, place, back, passes, judge(student)[0]))
+                if passes:
                     break
-        found.append(_Found("", 0.0, (0.0, 0.0), 0.0, 0.0, judge(teacher)[0]))
+        found.append(Found("", 0.0, (0.0, 0.0), 0.0, True, judge(teacher)[0]))
         before, images = judge(suspicious)
-        least_right = before - allowed_loss(before, images, self.max_loss) - 1e-9 if images else 0.0
-        kept = self._choice(found, margin, self.most * min(1.0, seen / self.search.images), least_right)
+        least_right, chance = 0.0, 0.0
+        if images:
+            least_right = before - allowed_loss(before, images, self.max_loss) - 1e-9
+            chance = allowed_loss(before, images, 0.0)
+        kept = choose(found, least_right, chance, self.most * min(1.0, seen / self.search.images))
         set_at(student, kept.place, *states)
         self.rates, self.came_back = evidence.rates, kept.back if kept.back > margin + 1e-6 else 0.0
         self.sentence = _sentence(kept, margin, evidence)
         rank_zero_info(self.sentence)
         return kept.r
-
-    def _choice(self, found: list[_Found], margin: float, most: float, least_right: float) -> _Found:
-        """The most accurate that passes; where it lost too much, of those that lost less what gives back least."""
-        best = max((one for one in found if self._within(one.back, one.elsewhere, margin)), key=lambda one: one.right)
-        if best.right >= least_right:
-            return best
-        enough = [one for one in found if one.right >= least_right and one.back <= most and one.way == DIRECT]
-        return min(enough, key=lambda one: one.back, default=best)
 
     def withstanding(
         self,
@@ -253,7 +231,7 @@ class Verification:
         return suspected <= margin + 1e-6 and elsewhere <= self.margin_elsewhere + 1e-6
 
 
-def _sentence(kept: _Found, margin: float, evidence: Evidence) -> str:
+def _sentence(kept: Found, margin: float, evidence: Evidence) -> str:
     came_in, taught = evidence.rates["suspicious"], evidence.rates["teacher"]
     worst = max(range(len(came_in)), key=lambda n: came_in[n] - taught[n])
     r, now = kept.r, evidence.rates.get(f"{kept.way} {kept.r:g}", taught)[worst]
