@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from nba_lightning.core.randomness import generator_for
+from nba_lightning.pseudo.base import same
 from nba_lightning.training import evidence as searching
-from nba_lightning.training.evidence import Search
+from nba_lightning.training.evidence import Evidence, Search
 from nba_lightning.training.verification import Verification
 from nba_lightning.training.ways import place_on, set_at
 
@@ -126,6 +127,17 @@ def test_a_suspected_class_is_held_to_the_margin_and_others_to_theirs():
 
     evidence.won = fell
     assert [made.passes(Net(0.0), evidence, str(k)) for k in (1, 2, 3)] == [True, False, False]
+
+
+def test_what_came_back_is_a_share_of_the_gap_and_the_mean_of_a_class():
+    found = Evidence(torch.tensor([2, 0, 2]), torch.zeros(3, 1, 8, 8), torch.tensor([True, False, True]), [], 1, same)
+    found.taught, found.gaps = torch.tensor([0.1, 0.0, 0.2]), torch.tensor([0.5, 0.3, 0.25])
+    found.won = lambda *_: torch.tensor([0.2, 0.1, 0.3])
+    suspected, elsewhere = found.came_back(Net(0.0), "one")
+    assert abs(suspected - (0.1 / 0.5 + 0.1 / 0.25) / 2) < 1e-6
+    assert elsewhere == 0.0  # less than half of the gap
+    found.won = lambda *_: torch.tensor([0.1, 0.2, 0.2])
+    assert abs(found.came_back(Net(0.0), "two")[1] - 0.2) < 1e-6
 
 
 def test_of_three_ways_the_one_half_way_is_kept_unless_another_is_right_more_often_than_by_chance():

@@ -128,6 +128,32 @@ def test_found_and_fresh_draws_share_the_images_and_every_family_has_its_turn():
     torch.testing.assert_close(again.found[1]["field"], made.found[1]["field"])
 
 
+def test_a_search_decides_by_what_all_processes_see():
+    made, seen = TriggerFamilies([Patch(), Sinusoid()], candidates=6, kept=1), []
+    images = torch.rand(8, 3, 16, 16)
+
+    def of_all(apart):
+        seen.append(apart)
+        return (torch.arange(6) == 4).float()  # another process saw them disagree on the fifth
+
+    made.regenerate(Fooled(), Steady(), [images], generator_for(0), of_all)
+    assert [one.shape for one in seen] == [(6,)] * 2
+    generator = generator_for(0)
+    first = Patch().draw(6, images, generator)
+    torch.testing.assert_close(made.found[0]["pattern"], first["pattern"][4:5])
+
+
+def test_every_image_keeps_what_is_its_own():
+    class Unchanged(Sinusoid):
+        def apply(self, images, parameters):
+            return images.clone()
+
+    made = TriggerFamilies([Unchanged(), Unchanged(), Unchanged()], candidates=2, kept=1)
+    images = torch.rand(9, 3, 8, 8)
+    made.regenerate(Steady(), Steady(), [images], generator_for(0))
+    assert not made(images, generator=generator_for(1)).any()
+
+
 def test_a_search_needs_no_second_draw_without_candidates():
     made = TriggerFamilies(candidates=0, kept=0)
     made.regenerate(None, None, [])  # asks nobody
@@ -158,6 +184,17 @@ def test_class_perturbations_make_the_student_fall_and_leave_the_teacher():
     again = ClassPerturbations((0.02, 0.1))
     again.load_state_dict(made.state_dict())
     assert torch.equal(again.bank, made.bank)
+
+
+def test_class_perturbations_follow_the_gradients_of_all_processes():
+    images, seen = torch.rand(16, 3, 8, 8), []
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    made = ClassPerturbations((0.05,), steps=3)
+    made.regenerate(network, network, [images], generator_for(0), lambda g: seen.append(g) or torch.zeros_like(g))
+    assert [one.shape for one in seen] == [(4, 3, 8, 8)] * 3
+    still = ClassPerturbations((0.05,), steps=0)
+    still.regenerate(network, network, [images], generator_for(0))
+    torch.testing.assert_close(made.bank, still.bank)  # no step was made
 
 
 def test_perturbations_are_crafted_a_few_at_a_time_and_alike(monkeypatch):
