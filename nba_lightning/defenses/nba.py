@@ -75,7 +75,7 @@ class NBA(Distillation):
     as pseudo samples; phi the knowledge form. So whatever a pseudo sample carries, the student should behave as on the
     image without it. S_0's answers bring back what the teacher forgot, and may bring back the backdoor: what was
     learned from them is verified when the fit ends (:class:`~nba_lightning.training.verification.Verification`), and
-    the student keeps no more of it than passes. A fit that is ended early is not verified, and keeps nothing of it.
+    the student keeps no more of it than passes. A fit that is ended early is verified as it ends.
 
     Source: the three elements are those of Ying & Wu, "NBA: defensive distillation for backdoor removal via neural
     behavior alignment", Cybersecurity 6:20, 2023 (arXiv 2406.10846), abstract; the equations are ours.

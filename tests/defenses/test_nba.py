@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 from torch import nn
 
@@ -11,6 +12,7 @@ from nba_lightning import NBA, Classifier, FineTuning
 from nba_lightning.attacks import Blended
 from nba_lightning.behaviors import FSP
 from nba_lightning.callbacks import PseudoSampleRegeneration
+from nba_lightning.core.augmentation import RandomCropFlip
 from nba_lightning.core.features import features
 from nba_lightning.core.functional import channel_gram
 from nba_lightning.data import BackdoorDataModule
@@ -168,6 +170,33 @@ def test_what_is_verified_is_what_every_file_holds(network, clean_digits, traine
     assert (again.verification.came_back, again.verification.sentence) == (0.125, "Verified.")
     cleaned = next(tmp_path.rglob("cleaned.safetensors"))
     assert (load_file(cleaned)["fc.bias"] == 7.0).all()
+
+
+def test_a_fit_that_is_ended_early_is_verified_as_it_ends(network, clean_digits, trainer):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = True
+
+    module = NBA(network, teacher=small())
+    module.verification.keep = lambda student, *args: nn.init.constant_(student.fc.bias, 7.0) is None or 0.5
+    trainer(max_epochs=2, callbacks=[Stop()]).fit(module, clean_digits)
+    assert float(module.accepted) == 0.5
+    assert (module.model.fc.bias == 7.0).all()
+
+
+def test_what_is_kept_is_verified_on_images_as_they_are(network, trainer):
+    data = BackdoorDataModule(train_on="clean", batch_size=16, augment=RandomCropFlip(padding=2))
+    module, seen = NBA(network, teacher=small()), []
+
+    def keep(student, teacher, suspicious, batches, one_pass, *args):
+        seen.extend(image for _, images in zip(range(one_pass), batches, strict=False) for image in images)
+        return 0.0
+
+    module.verification.keep = keep
+    trainer().fit(module, data)
+    plain = data.source.load()[0].read(data.partition.clean).float() / 255
+    assert len(seen) > 30
+    assert all(bool((image == plain).all(dim=(1, 2, 3)).any()) for image in seen)
 
 
 def test_bad_arguments(network):
