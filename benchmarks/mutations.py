@@ -173,9 +173,9 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("nba: verified on augmented images", "defenses/nba.py", "plain_batches(self.trainer, loader) for", "clean_batches(self.trainer) for", "defenses/nba"),
     ("nba: held-out images have no number", "defenses/nba.py", "(found.accuracy().value, len(found.labels))", "(found.accuracy().value, 0)", "defenses/nba"),
     # What is kept of the suspicious network.
-    ("verification: the smallest share first", "training/choice.py", "best = max(passing", "best = min(passing", "verification"),
+    ("verification: the least accurate is kept", "training/choice.py", "best = max(passing", "best = min(passing", "verification"),
     ("verification: ruins are kept", "training/verification.py", "if evidence.agreement(student) < least:", "if False:", "verification"),
-    ("verification: the whole margin for few images", "training/verification.py", "return self.margin * min(1.0, images / self.search.images)", "return self.margin", "verification"),
+    ("verification: the whole margin for few images", "training/verification.py", "return self.margin * self._proportion(images)", "return self.margin", "verification"),
     ("verification: the blind go past the student", "training/verification.py", "[r for r in self.shares if r <= 1]", "self.shares", "verification"),
     ("verification: the blind go everywhere", "training/verification.py", "        if not sighted:\n", "        if False:\n", "verification"),
     ("verification: few images are enough", "training/verification.py", "if not self.can_tell(seen):\n            set_at", "if False:\n            set_at", "verification"),
@@ -186,7 +186,7 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("verification: half way whatever it costs", "training/choice.py", "one.way == HALFWAY and one.right >= least)", "one.way == HALFWAY)", "verification"),
     ("verification: chance decides between ways", "training/choice.py", "best.right - chance, least_right)", "best.right, least_right)", "verification"),
     ("verification: half way though the teacher is right more often", "training/choice.py", "max(found[-1].right, best.right - chance", "max(best.right - chance", "verification"),
-    ("verification: chance is not allowed for", "training/verification.py", "before - allowed_loss(before, images, self.max_loss) - 1e-9", "before - 1e-9", "verification"),
+    ("verification: chance is not allowed for", "training/sweep.py", "return baseline - allowed_loss(baseline, images, max_loss) - 1e-9", "return baseline - 1e-9", "verification"),
     ("verification: teachers get the margin of students", "training/verification.py", "min(self.margin_of(seen), _TEACHERS_MARGIN)", "self.margin_of(seen)", "verification"),
     ("verification: other classes are not held to anything", "training/verification.py", "suspected <= margin + 1e-6 and elsewhere <= self.margin_elsewhere + 1e-6", "suspected <= margin + 1e-6", "verification"),
     ("ways: half-precision copies of the weights before", "training/ways.py", "    torch.clear_autocast_cache()", "    return", "verification"),
@@ -200,7 +200,7 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("evidence: the first size counts", "training/evidence.py", "best = max(range(len(tried)), key=lambda number: _lead(tried[number][2]))", "best = 0", "verification"),
     # The teacher's rate.
     ("sweep: the weakest affordable rate", "training/sweep.py", "return max(kept) if kept", "return min(kept) if kept", "sweep"),
-    ("sweep: gains are losses", "training/sweep.py", "return accuracy >= baseline - allowed", "return accuracy <= baseline - allowed", "sweep"),
+    ("sweep: gains are losses", "training/sweep.py", "return accuracy >= least_accuracy", "return accuracy <= least_accuracy", "sweep"),
     ("sweep: from the strongest on", "training/sweep.py", "left[len(left) // 2]", "left[0]", "sweep"),
     ("sweep: the strongest of the most accurate", "training/sweep.py", "(accuracies[rate], -rate)", "(accuracies[rate], rate)", "sweep"),
     # Synthetic triggers.

@@ -71,7 +71,7 @@ def test_harmless_knowledge_of_the_suspicious_network_is_taken_beyond_what_the_s
     # What is left of the backdoor at 1.25 is 1e-6 of it; the rest of the suspicious network is as good as new.
     student, suspicious = Net(0.0), Net(2000.0)
     suspicious.steps.data += 8.0
-    made = Verification((2.0, 1.000001, 1.0), (), search=Search(sizes=(0.1,), steps=20, images=300))
+    made = Verification((2.0, 1.000001, 1.0), (), search=SEARCH)
     share = made.keep(student, Net(0.0), suspicious, batches(), 100, generator_for(1))
     assert share == 1.000001
     assert abs(float(student.backdoor.detach()) - 2000e-6) < 1e-4
@@ -88,7 +88,7 @@ def test_ruins_on_the_way_are_not_kept():
 
     student, suspicious = Ruin(0.0), Ruin(2000.0)
     suspicious.steps.data += 4.0
-    made = Verification((1.5, 1.0), (0.5,), search=Search(sizes=(0.1,), steps=20, images=300))
+    made = Verification((1.5, 1.0), (0.5,), search=SEARCH)
     assert made.keep(student, Ruin(0.0), suspicious, batches(), 100, generator_for(1)) == 1.0
 
 
@@ -260,7 +260,7 @@ def test_weights_between_are_those_that_a_half_precision_pass_sees():
 
 
 def withstanding(*backdoors, suspicious=2000.0, **kwargs):
-    made = Verification(search=Search(sizes=(0.1,), steps=20, images=300), **kwargs)
+    made = Verification(search=SEARCH, **kwargs)
     return made.withstanding([Net(one) for one in backdoors], Net(suspicious), batches(), 100, generator_for(1))
 
 
@@ -316,7 +316,7 @@ def test_teachers_are_held_to_a_smaller_margin_than_students():
             asked.append(margin)
             return super().passes(network, evidence, name, margin)
 
-    made = Asked(margin=0.5, margin_elsewhere=1.0, search=Search(sizes=(0.1,), steps=20, images=300))
+    made = Asked(margin=0.5, margin_elsewhere=1.0, search=SEARCH)
     evidence = made.search(Net(2000.0), Net(0.0), batches(), 100, generator_for(1))
     evidence.came_back = lambda network, name: (0.3, 0.0)
     assert made.passes(Net(0.0), evidence, "student")
@@ -324,7 +324,7 @@ def test_teachers_are_held_to_a_smaller_margin_than_students():
     asked.clear()
     made.withstanding([Net(0.0), Net(0.0)], Net(2000.0), batches(), 100, generator_for(1))
     assert asked == [0.01]
-    made = Asked(margin=0.005, search=Search(sizes=(0.1,), steps=20, images=300))
+    made = Asked(margin=0.005, search=SEARCH)
     made.withstanding([Net(0.0), Net(0.0)], Net(2000.0), batches(), 100, generator_for(1))
     assert asked == [0.01, 0.005]  # who asks students for more asks teachers too
 

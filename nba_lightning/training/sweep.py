@@ -70,10 +70,15 @@ def teachers_loss(max_loss: float, verified: bool = True) -> float:
     return min(1.0, TEACHERS_LOSS * max_loss) if verified else max_loss
 
 
+def least_accuracy(baseline: float, images: int, max_loss: float = 0.05) -> float:
+    """What a network must reach on the held-out images to have lost no more than :func:`allowed_loss`."""
+    return baseline - allowed_loss(baseline, images, max_loss) - 1e-9
+
+
 def keeps(accuracy: float, baseline: float, images: int, max_loss: float = 0.05) -> bool:
     """Whether a network that reached ``accuracy`` on the held-out images lost no more than :func:`allowed_loss`."""
     check_range("accuracy", accuracy, 0.0, 1.0)
-    return accuracy >= baseline - allowed_loss(baseline, images, max_loss) - 1e-9
+    return accuracy >= least_accuracy(baseline, images, max_loss)
 
 
 def next_rate(rates: Iterable[float], kept: Mapping[float, bool]) -> float | None:

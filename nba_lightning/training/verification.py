@@ -10,7 +10,7 @@ from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.pseudo.base import Reduce, same
 from nba_lightning.training.choice import Found, choose
 from nba_lightning.training.evidence import Evidence, Search
-from nba_lightning.training.sweep import allowed_loss
+from nba_lightning.training.sweep import allowed_loss, least_accuracy
 from nba_lightning.training.ways import DIRECT, HALFWAY, OVER, place_on, set_at
 
 _LESS_AGREEMENT = 0.01
@@ -107,7 +107,11 @@ class Verification:
 
     def margin_of(self, images: int) -> float:
         """The margin where there are so many clean images."""
-        return self.margin * min(1.0, images / self.search.images)
+        return self.margin * self._proportion(images)
+
+    def _proportion(self, images: int) -> float:
+        """Share of the images that the search takes."""
+        return min(1.0, images / self.search.images)
 
     def passes_of_images(self, classes: int, images: int) -> int:
         """What it costs at most, for a network of so many classes and so many clean images; as ``Search.passes``."""
@@ -175,9 +179,9 @@ class Verification:
         before, images = judge(suspicious)
         least_right, chance = 0.0, 0.0
         if images:
-            least_right = before - allowed_loss(before, images, self.max_loss) - 1e-9
+            least_right = least_accuracy(before, images, self.max_loss)
             chance = allowed_loss(before, images, 0.0)
-        kept = choose(found, least_right, chance, self.most * min(1.0, seen / self.search.images))
+        kept = choose(found, least_right, chance, self.most * self._proportion(seen))
         set_at(student, kept.place, *states)
         self.rates, self.came_back = evidence.rates, kept.back if kept.back > margin + 1e-6 else 0.0
         self.sentence = _sentence(kept, margin, evidence)
@@ -247,11 +251,11 @@ def _sentence(kept: Found, margin: float, evidence: Evidence) -> str:
         )
     if not bool(evidence.suspects.any()):
         told += " No class stands out, so a backdoor that is there would not have been seen."
+    straight = f"{100 * r:.0f} % of the way from the teacher back to the suspicious network is kept"
     if kept.way == HALFWAY:
-        straight = f"{100 * r:.0f} % of the way from the teacher back to the suspicious network"
-        what = f"the mean of the student and of {straight} is kept"
+        what = f"the mean of the student and of {straight}"
     elif kept.way == DIRECT:
-        what = f"{100 * r:.0f} % of the way from the teacher back to the suspicious network is kept"
+        what = straight
     elif r:
         more = f", and {100 * (r - 1):.0f} % of the way from the student on to it" if r > 1 else ""
         what = f"{100 * min(r, 1.0):.0f} % of what the student learned from the suspicious network is kept{more}"
