@@ -66,7 +66,7 @@ class Verification:
 
     Attributes:
         rates: shares of the images that each perturbation won, of every network that was looked at.
-        came_back: share of the gap that came back, where accuracy asked for more than the margin; else 0.
+        came_back: share of the gap that came back, where accuracy asked for what does not pass; else 0.
         sentence: what was kept, and why.
 
     Raises:
@@ -183,8 +183,8 @@ class Verification:
             chance = allowed_loss(before, images, 0.0)
         kept = choose(found, least_right, chance, self.most * self._proportion(seen))
         set_at(student, kept.place, *states)
-        self.rates, self.came_back = evidence.rates, kept.back if kept.back > margin + 1e-6 else 0.0
-        self.sentence = _sentence(kept, margin, evidence)
+        self.rates, self.came_back = evidence.rates, 0.0 if kept.passes else kept.back
+        self.sentence = _sentence(kept, evidence)
         rank_zero_info(self.sentence)
         return kept.r
 
@@ -235,7 +235,7 @@ class Verification:
         return suspected <= margin + 1e-6 and elsewhere <= self.margin_elsewhere + 1e-6
 
 
-def _sentence(kept: Found, margin: float, evidence: Evidence) -> str:
+def _sentence(kept: Found, evidence: Evidence) -> str:
     came_in, taught = evidence.rates["suspicious"], evidence.rates["teacher"]
     worst = max(range(len(came_in)), key=lambda n: came_in[n] - taught[n])
     r, now = kept.r, evidence.rates.get(f"{kept.way} {kept.r:g}", taught)[worst]
@@ -244,10 +244,10 @@ def _sentence(kept: Found, margin: float, evidence: Evidence) -> str:
         f"the suspicious network, {100 * taught[worst]:.1f} % from the teacher and {100 * now:.1f} % from the network "
         "that is kept."
     )
-    if kept.back > margin + 1e-6:
+    if not kept.passes:
         told += (
-            f" So {100 * kept.back:.0f} % of what tells the backdoor came back, where {100 * margin:.1f} % may: what "
-            "gives back less lost too much accuracy."
+            f" That is more than may come back ({100 * kept.back:.0f} % of what tells the backdoor), but what passes "
+            "lost too much accuracy."
         )
     if not bool(evidence.suspects.any()):
         told += " No class stands out, so a backdoor that is there would not have been seen."
