@@ -25,6 +25,7 @@ from nba_lightning.training.sweep import (
     next_rate,
     strongest_rate,
     teachers_loss,
+    teachers_mixed_share,
     usual_optimizer,
 )
 from nba_lightning.training.verification import Verification
@@ -74,10 +75,12 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     The teacher may lose more accuracy than the cleaned network, and the student's rate follows the teacher's. If what
     comes of it lost too much, a teacher that did not takes its place.
     """
-    asked, cost, teachers = lengthened(teacher_config(found), subject.images), Kept(None), dict[float, Kept]()
+    asked = lengthened(teacher_config(found), subject.images)
+    asked = merged(asked, {"model": {"init_args": {"mixed_share": teachers_mixed_share(subject.images)}}})
+    cost, teachers = Kept(None), dict[float, Kept]()
     images, baseline = len(subject.datamodule.partition.validation), accuracy_of(subject, subject.weights)
     verified = Verification().can_tell(subject.images)
-    for max_loss in (teachers_loss(MAX_LOSS, verified), MAX_LOSS):
+    for max_loss in (teachers_loss(MAX_LOSS), MAX_LOSS):
         teacher = swept(args, asked, subject, max_loss, teachers)
         check_finite(teacher)
         if verified:

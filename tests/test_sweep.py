@@ -5,6 +5,7 @@ import math
 import pytest
 from torch import nn
 
+from nba_lightning.core.paired import Paired
 from nba_lightning.training.sweep import (
     RATES,
     USUAL_RATE,
@@ -14,6 +15,7 @@ from nba_lightning.training.sweep import (
     next_rate,
     strongest_rate,
     teachers_loss,
+    teachers_mixed_share,
     usual_optimizer,
 )
 
@@ -33,7 +35,7 @@ def test_where_none_keeps_it_the_one_that_lost_least_is_taken():
     assert strongest_rate({0.1: 0.5, 0.01: 0.5, 1.0: 0.0}, 0.9, 1000) == 0.01
 
 
-@pytest.mark.parametrize(("baseline", "images"), [(0.8, 50), (0.5, 40), (0.9, 9)])
+@pytest.mark.parametrize(("baseline", "images"), [(0.8, 50), (0.5, 40), (0.7, 60)])
 def test_few_images_allow_a_standard_error(baseline, images):
     right, total = baseline * images + 2, images + 4
     expected = math.sqrt((right * (total - right)) / total**2) / math.sqrt(total)
@@ -54,6 +56,15 @@ def test_a_few_images_that_are_all_right_are_not_certain():
     assert 18 / 19 < 1 - 0.05  # one of nineteen is more than the owner allows
     assert keeps(18 / 19, 1.0, 19)
     assert not keeps(0.94, 1.0, 100_000)
+
+
+@pytest.mark.parametrize(("images", "lost"), [(8, 5), (20, 5), (39, 5), (40, 3)])
+def test_of_few_images_as_many_may_be_lost_as_the_guard_calls_chance(images, lost):
+    assert keeps(1.0 - lost / images, 1.0, images, 0.0875)
+    assert not keeps(1.0 - (lost + 1) / images, 1.0, images, 0.0875)
+    if images < 40:
+        assert not Paired(images, lost, 0).beyond_chance(exact=True)
+        assert Paired(images, lost + 1, 0).beyond_chance(exact=True)
 
 
 def test_a_better_network_keeps_its_accuracy():
@@ -114,5 +125,8 @@ def test_one_rate_is_tried_once():
 
 def test_the_teacher_may_lose_more_only_where_the_student_learns_back():
     assert teachers_loss(0.04) == pytest.approx(0.07)
-    assert teachers_loss(0.04, verified=False) == 0.04
     assert teachers_loss(0.8) == 1.0
+
+
+def test_a_teacher_of_few_images_sees_half_of_them_mixed():
+    assert [teachers_mixed_share(images) for images in (10, 199, 200, 2250)] == [0.5, 0.5, 0.0, 0.0]

@@ -100,13 +100,23 @@ def test_where_no_class_stands_out_nothing_is_taken_beyond_the_student():
     assert float(student.steps.detach()) == 4.0
 
 
-def test_few_images_tell_too_little_to_keep_more_than_the_teacher():
-    student = Net(0.0)
+@pytest.mark.parametrize(("learned", "kept"), [(0.0, 0.5), (100.0, 0.25), (2000.0, 0.0)])
+def test_of_few_images_half_of_the_way_to_the_student_is_kept_at_most(learned, kept):
+    student = Net(learned)
     student.steps.data += 4.0
-    made = Verification(search=Search(sizes=(0.1,), steps=20, images=190))
-    assert made.keep(student, Net(0.0), Net(2000.0), batches(), 5, generator_for(1)) == 0.0  # 160 images in all
-    assert float(student.steps.detach()) == 0.0
-    assert "160 clean images tell too little, 200 would do" in made.sentence
+    made = Verification(search=Search(sizes=(0.1,), steps=20))
+    judged = []
+
+    def judge(network):
+        judged.append(float(network.steps.detach()))
+        return 0.9, 15
+
+    reached = made.keep(student, Net(0.0), Net(2000.0), batches(), 5, generator_for(1), judge=judge)  # 160 images
+    assert reached == kept
+    assert float(student.steps.detach()) == 4.0 * kept
+    assert judged == [*([4.0 * kept] if kept else []), 0.0, 0.0]  # what does not pass, the teacher, what came in
+    assert made.sentence.endswith("160 clean images tell too little to look further; 200 would do.")
+    assert set(made.rates) >= {"teacher", "suspicious", "over the student 0.5"}
 
 
 def test_a_suspected_class_is_held_to_the_margin_and_others_to_theirs():
@@ -203,7 +213,7 @@ def test_no_more_images_go_through_networks_than_is_said():
     made.keep(Counted(2000.0), Counted(0.0), Counted(2000.0), batches(), 100, generator_for(1))
     said = made.passes_of_images(3, 320)  # ten batches
     assert 0.3 * said < sum(counted) < 1.1 * said
-    assert made.passes_of_images(3, 199) == 0  # of so few nothing is looked for
+    assert made.passes_of_images(3, 199) == made.search.passes(3, 199, 2)  # of few, two places on the way
 
 
 def test_of_many_classes_those_to_which_synthetic_triggers_move_the_suspicious_network_are_looked_at():
@@ -273,7 +283,8 @@ def test_teachers_that_withstand_what_the_strongest_withstands_may_take_its_plac
 
 def test_the_fewer_images_the_less_may_come_back():
     made = Verification(margin=0.08, search=Search(sizes=(0.1,), steps=20, images=400))
-    assert [made.margin_of(images) for images in (100, 400, 4000)] == [0.02, 0.08, 0.08]
+    assert [made.margin_of(images) for images in (200, 400, 4000)] == [0.04, 0.08, 0.08]
+    assert made.margin_of(199) == 0.08  # of few, no more than half of the way to the student is asked for
     asked = []
     made._within = lambda back, elsewhere, margin: asked.append(margin) or True
     made.keep(Net(0.0), Net(0.0), Net(2000.0), batches(), 10, generator_for(1))  # 320 images

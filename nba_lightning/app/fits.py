@@ -33,7 +33,6 @@ _CAME_BACK = (
     "To lose no more clean accuracy than `max_loss`, {:.0f} % of what tells the backdoor came back, and about as much "
     "of the backdoor may have. A larger `max_loss` leaves less of it."
 )
-_UNVERIFIED = "so few verify nothing, so that the teacher will be kept"
 _CURVE = 20
 """Points of a fit's curve, about."""
 
@@ -205,8 +204,7 @@ def fit_student(
             **optimizer_for(network, STUDENT_SHARE * rate),
         )
         verifying = module.verification.passes_of_images(link.data.num_classes, len(link.data.training))
-        verified = f"to verify it at most {verifying:,} passes of an image" if verifying else _UNVERIFIED
-        say(f"  {link.cost()}; {verified}", show)
+        say(f"  {link.cost()}; to verify it at most {verifying:,} passes of an image", show)
         found = link.fit(module, chain.folder / "cleaned.safetensors")
         warnings = save_pictures(chain.folder / "report", module, network, link.data)
         if module.verification.came_back:

@@ -5,17 +5,16 @@ from typing import Any
 
 from nba_lightning.data.owner import CleanImages
 from nba_lightning.training.sweep import TEACHERS_LOSS, teachers_loss
-from nba_lightning.training.verification import Verification
 
 _OPTIMISERS = {
     "AdamW": "The network has layer normalisation or depthwise convolutions; such networks are trained adaptively.",
     "SGD": "The network has neither layer normalisation nor depthwise convolutions.",
 }
 _SWEPT = (
-    "The strongest of those tried that cost at most {:.1f} points of accuracy on held-out images{} or what chance may, "
-    "else the one that lost least; of gentler ones that withstand as much as it the most accurate."
+    "The strongest of those tried that cost at most {:.1f} points of accuracy on held-out images "
+    f"({TEACHERS_LOSS:g} times what the cleaned network may lose, since the student learns a part of it back) or what "
+    "chance may, else the one that lost least; of gentler ones that withstand as much as it the most accurate."
 )
-_MORE = f" ({TEACHERS_LOSS:g} times what the cleaned network may lose, since the student learns a part of it back)"
 _USUAL = "The usual one of this optimiser, since no images were held out to tell rates apart."
 
 
@@ -33,8 +32,7 @@ def reasons(
         max_loss: accuracy that the cleaned network may lose.
     """
     training = len(data.training)
-    verified = Verification().can_tell(training)
-    swept = _SWEPT.format(100 * teachers_loss(max_loss, verified), _MORE if verified else "")
+    swept = _SWEPT.format(100 * teachers_loss(max_loss))
     known = {
         "optimiser": _OPTIMISERS.get(chosen["optimiser"]),
         "rate": "A third of the teacher's." if role == "student" else "The teacher's.",

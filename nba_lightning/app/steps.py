@@ -22,7 +22,6 @@ from nba_lightning.core.paired import Paired
 from nba_lightning.data.owner import CleanImages
 from nba_lightning.io.weights import load_weights
 from nba_lightning.training.sweep import teachers_loss
-from nba_lightning.training.verification import Verification
 
 _NEXT = "Give more clean images, or allow a larger `max_loss`; or try another seed."
 
@@ -98,7 +97,7 @@ class Cleaning:
 
         It may lose more accuracy than the cleaned network where the student will learn a part of it back.
         """
-        may_lose = self._teachers_loss()
+        may_lose = teachers_loss(self.max_loss)
         say("4/6  The teacher: a copy of the network, fine-tuned on the clean images", self.show)
         if len(self.data.held_out):
             most = f"{100 * may_lose:.1f} points of accuracy at most"
@@ -123,11 +122,8 @@ class Cleaning:
         told[first] += "a gentler one was looked for that lost no more than the cleaned network may."
         return {**take_teacher(found, self.chain), "tried": [told[rate] for rate in sorted(told, reverse=True)]}
 
-    def _teachers_loss(self) -> float:
-        return teachers_loss(self.max_loss, Verification().can_tell(len(self.data.training)))
-
     def _fit_teacher(self, steps: int, may_lose: float) -> tuple[dict[str, Any], dict[float, str]]:
-        fitted = self._teachers_loss()  # the same fits, whatever is asked of them
+        fitted = teachers_loss(self.max_loss)  # the same fits, whatever is asked of them
         return fit_teacher(
             self.network,
             lambda name: self._link(name, steps, fitted),

@@ -28,6 +28,7 @@ from nba_lightning.training.sweep import (
     most_accurate,
     next_rate,
     strongest_rate,
+    teachers_mixed_share,
     usual_optimizer,
 )
 from nba_lightning.training.verification import Verification
@@ -170,7 +171,9 @@ def _withstanding(
 def _try(network: nn.Module, link: Link, rate: float, seed: int, show: bool) -> dict[str, Any]:
     """A teacher of one rate; weights stay in the link's folder."""
     say(f"  fine-tuning at rate {rate:g}: {link.cost()}", show)
-    module = FineTuning(copy.deepcopy(network), pseudo=TriggerFamilies(), seed=seed, **optimizer_for(network, rate))
+    mixed = teachers_mixed_share(len(link.data.training))
+    asked: dict[str, Any] = {"pseudo": TriggerFamilies(), "mixed_share": mixed, "seed": seed}
+    module = FineTuning(copy.deepcopy(network), **asked, **optimizer_for(network, rate))
     try:
         found = link.fit(module, link.folder / "teacher.safetensors")
     except NonFiniteLossError as error:

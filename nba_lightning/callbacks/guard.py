@@ -17,7 +17,7 @@ from nba_lightning.core.checks import check_at_least, check_range
 from nba_lightning.core.features import predict
 from nba_lightning.core.metrics import IGNORE_LABEL
 from nba_lightning.core.modes import Frozen, evaluating, placed
-from nba_lightning.core.paired import Paired
+from nba_lightning.core.paired import FEW_PAIRS, Paired
 from nba_lightning.io.batches import as_batch, held_out_loader, on_device
 
 Verdict = Literal["accepted", "rejected", "unknown"]
@@ -104,7 +104,7 @@ class Guard(Callback):
         self,
         max_loss: float = 0.05,
         every_n_epochs: int = 0,
-        min_images: int = 40,
+        min_images: int = FEW_PAIRS,
         teacher_max_loss: float | None = None,
         advise: bool = True,
     ) -> None:

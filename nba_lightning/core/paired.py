@@ -8,6 +8,10 @@ from torch import Tensor
 
 _LEVEL = 0.025
 """One-sided, as twice the standard error is."""
+FEW_PAIRS = 40
+"""Images of which fewer are few: twice the standard error says little, and the exact test is asked too."""
+MAY_BE_CHANCE = int(-math.log2(_LEVEL))
+"""So many images that are lost while none is gained are not beyond chance by the exact test; one more is."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import nn
 
 from nba_lightning.core.checks import check_at_least, check_range, expected
+from nba_lightning.core.paired import FEW_PAIRS, MAY_BE_CHANCE
 
 RATES = {"SGD": (0.2, 0.1, 0.05, 0.025, 0.012, 0.006, 0.003), "AdamW": (3e-3, 1e-3, 3e-4, 1e-4)}
 """Learning rates to try with each optimiser, the strongest first."""
@@ -16,6 +17,10 @@ TEACHERS_LOSS = 1.75
 """What NBA's teacher may lose, in units of what the cleaned network may: the student learns a part of it back."""
 STUDENT_SHARE = 1 / 3
 """NBA's rate as a share of its teacher's: the teacher forgets at a high rate, the student learns at a lower one."""
+FEW_IMAGES = 200
+"""Clean images of which fewer are few: they tell little of what a network learned, and are soon learned by heart."""
+MIXED_OF_FEW = 0.5
+"""Share of few images that CutMix mixes for a teacher; of many it gains nothing."""
 
 
 def usual_optimizer(network: nn.Module) -> Literal["SGD", "AdamW"]:
@@ -37,6 +42,10 @@ def allowed_loss(baseline: float, images: int, max_loss: float = 0.05) -> float:
 
     .. math:: \max(max\_loss, \sqrt{p (1 - p) / (n + 4)}), \quad p = (n a + 2) / (n + 4)
 
+    and of fewer than 40 images five of them: with none gained the exact test cannot tell so many lost ones from chance
+    (p = 3 %), as :class:`~nba_lightning.callbacks.Guard` has it. What is too weak leaves the backdoor, so chance is
+    held against no strong rate.
+
     Source: Agresti & Coull, "Approximate is better than 'exact' for interval estimation of binomial proportions", The
     American Statistician 52(2), 1998, for two right and two wrong answers more, without which a few images that are all
     right would seem certain.
@@ -50,24 +59,25 @@ def allowed_loss(baseline: float, images: int, max_loss: float = 0.05) -> float:
         ValueError: for an accuracy outside [0, 1] or no image.
 
     Example:
-        >>> allowed_loss(0.8, 250), round(allowed_loss(0.8, 40), 3)
-        (0.05, 0.063)
+        >>> allowed_loss(0.8, 250), round(allowed_loss(0.8, 40), 3), allowed_loss(0.8, 20)
+        (0.05, 0.063, 0.25)
     """
     check_range("baseline", baseline, 0.0, 1.0)
     check_range("max_loss", max_loss, 0.0, 1.0)
     check_at_least("images", images, 1)
     share = (images * baseline + 2) / (images + 4)
-    return max(max_loss, math.sqrt(share * (1 - share) / (images + 4)))
+    by_chance = MAY_BE_CHANCE / images if images < FEW_PAIRS else 0.0
+    return min(1.0, max(max_loss, math.sqrt(share * (1 - share) / (images + 4)), by_chance))
 
 
-def teachers_loss(max_loss: float, verified: bool = True) -> float:
-    """What NBA's teacher may lose where the cleaned network may lose ``max_loss``, in [0, 1].
+def teachers_loss(max_loss: float) -> float:
+    """What NBA's teacher may lose where the cleaned network may lose ``max_loss``, in [0, 1]."""
+    return min(1.0, TEACHERS_LOSS * max_loss)
 
-    Args:
-        max_loss: what the owner can do without, in [0, 1].
-        verified: whether there are images enough for verification; else the teacher is what is handed over.
-    """
-    return min(1.0, TEACHERS_LOSS * max_loss) if verified else max_loss
+
+def teachers_mixed_share(images: int) -> float:
+    """Share of the images of NBA's teacher that CutMix mixes, of so many clean images; in [0, 1]."""
+    return MIXED_OF_FEW if images < FEW_IMAGES else 0.0
 
 
 def least_accuracy(baseline: float, images: int, max_loss: float = 0.05) -> float:

@@ -10,7 +10,7 @@ from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.pseudo.base import Reduce, same
 from nba_lightning.training.choice import Found, choose
 from nba_lightning.training.evidence import Evidence, Search
-from nba_lightning.training.sweep import allowed_loss, least_accuracy
+from nba_lightning.training.sweep import FEW_IMAGES, allowed_loss, least_accuracy
 from nba_lightning.training.ways import DIRECT, HALFWAY, OVER, place_on, set_at
 
 _LESS_AGREEMENT = 0.01
@@ -42,10 +42,11 @@ class Verification:
     those that did not, if it is no more than ``most`` of the gap, whatever other classes win; the owner is warned.
     (Of a backdoor that a student has learned the perturbations show less, so no other way may give more.)
 
-    Where no class is suspected, only the way to the student is gone: what cannot be seen is not asked for. Of fewer
-    than ``least_images`` clean images the margin is a few images, and the teacher is kept. BatchNorm statistics are
-    mixed like the weights; estimated anew on plain images they would not be those of the mixture with pseudo samples on
-    which all were learned.
+    Where no class is suspected, only the way to the student is gone: what cannot be seen is not asked for. Fewer than
+    ``least_images`` clean images tell little: of them only the ``few`` places on the way to the student are looked at,
+    half of it at most, where a backdoor that the student has learned hardly is yet; the whole margin may come back
+    there. BatchNorm statistics are mixed like the weights; estimated anew on plain images they would not be those of
+    the mixture with pseudo samples on which all were learned.
 
     Ours; what led to the thresholds is in ``benchmarks/METHOD.md``. Weights between a network and what was fine-tuned
     from it are as in Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022 (arXiv 2109.01903), section
@@ -56,13 +57,14 @@ class Verification:
         shares: r of the way over the student, in (0, 2], from the largest to the smallest.
         direct: r of the direct way, in (0, 1], from the largest to the smallest.
         halfway: likewise, of the way half way between that and the student.
+        few: r of the way to the student, in (0, 1], from the largest to the smallest, where there are few images.
         margin: see above; a share of the gap, in [0, 1], for as many images as the search takes.
         margin_elsewhere: see above; a share of the images.
         max_loss: accuracy on held-out images that the owner can do without, in [0, 1]; chance is allowed for by
             :func:`~nba_lightning.training.sweep.allowed_loss`.
         most: share of the gap that may come back where accuracy asks for it, in [0, 1]; in proportion like ``margin``.
         search: how evidence is looked for.
-        least_images: clean images of each process without which nothing can be told.
+        least_images: clean images of each process of which fewer are few.
 
     Attributes:
         rates: shares of the images that each perturbation won, of every network that was looked at.
@@ -78,23 +80,24 @@ class Verification:
         shares: Sequence[float] = (1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25),
         direct: Sequence[float] = (0.75, 0.6, 0.45, 0.3, 0.15),
         halfway: Sequence[float] = (0.75, 0.6, 0.45, 0.3, 0.15),
+        few: Sequence[float] = (0.5, 0.25),
         margin: float = 0.04,
         margin_elsewhere: float = 0.1,
         max_loss: float = 0.05,
         most: float = 0.25,
         search: Search | None = None,
-        least_images: int = 200,
+        least_images: int = FEW_IMAGES,
     ) -> None:
-        for name, way, high in (("shares", shares, 2.0), ("direct", direct, 1.0), ("halfway", halfway, 1.0)):
+        for name, way in {"shares": shares, "direct": direct, "halfway": halfway, "few": few}.items():
             for share in way:
-                check_range(name, share, 0.0, high, open_low=True)
+                check_range(name, share, 0.0, 2.0 if name == "shares" else 1.0, open_low=True)
             if sorted(way, reverse=True) != list(way):
                 raise expected(name, "from the largest to the smallest", list(way))
         limits = {"margin": margin, "margin_elsewhere": margin_elsewhere, "max_loss": max_loss, "most": most}
         for name, limit in limits.items():
             check_range(name, limit, 0.0, 1.0)
         check_at_least("least_images", least_images, 0)
-        self.shares, self.direct, self.halfway = list(shares), list(direct), list(halfway)
+        self.shares, self.direct, self.halfway, self.few = list(shares), list(direct), list(halfway), list(few)
         self.least_images = least_images
         self.margin, self.margin_elsewhere, self.search = margin, margin_elsewhere, search or Search()
         self.max_loss, self.most = max_loss, most
@@ -102,7 +105,7 @@ class Verification:
         self.came_back, self.sentence = 0.0, ""
 
     def can_tell(self, images: int) -> bool:
-        """Whether so many clean images tell enough; of fewer the teacher is kept and nothing is looked for."""
+        """Whether so many clean images tell enough to go further than half of the way to the student."""
         return images >= self.least_images
 
     def margin_of(self, images: int) -> float:
@@ -110,14 +113,13 @@ class Verification:
         return self.margin * self._proportion(images)
 
     def _proportion(self, images: int) -> float:
-        """Share of the images that the search takes."""
-        return min(1.0, images / self.search.images)
+        """Share of the images that the search takes; all of the few, of which no more is asked."""
+        return min(1.0, images / self.search.images) if self.can_tell(images) else 1.0
 
     def passes_of_images(self, classes: int, images: int) -> int:
         """What it costs at most, for a network of so many classes and so many clean images; as ``Search.passes``."""
-        if not self.can_tell(images):
-            return 0
-        return self.search.passes(classes, images, len(self.shares) + len(self.direct) + len(self.halfway))
+        several = len(self.shares) + len(self.direct) + len(self.halfway)
+        return self.search.passes(classes, images, several if self.can_tell(images) else len(self.few))
 
     def keep(
         self,
@@ -149,19 +151,11 @@ class Verification:
         learned = {name: value.clone() for name, value in student.state_dict().items()}
         states = (teacher.state_dict(), learned, suspicious.state_dict())
         seen = one_pass * len(next(batches))
-        if not self.can_tell(seen):
-            set_at(student, (0.0, 0.0), *states)
-            self.rates, self.came_back = {}, 0.0
-            self.sentence = (
-                "Verified: nothing of the suspicious network is kept, what is left is the teacher; "
-                f"{seen} clean images tell too little, {self.least_images} would do."
-            )
-            rank_zero_info(self.sentence)
-            return 0.0
         evidence, margin = self.search(suspicious, teacher, batches, one_pass, generator, reduce), self.margin_of(seen)
-        sighted = bool(evidence.suspects.any())
         ways = {HALFWAY: self.halfway, DIRECT: self.direct, OVER: self.shares}
-        if not sighted:
+        if not self.can_tell(seen):
+            ways = {OVER: self.few}
+        elif not bool(evidence.suspects.any()):
             ways = {OVER: [r for r in self.shares if r <= 1]}
         least = evidence.agreement(teacher) - _LESS_AGREEMENT
         found: list[Found] = []
@@ -172,7 +166,8 @@ class Verification:
                     continue
                 back, elsewhere = evidence.came_back(student, f"{way} {r:g}")
                 passes = self._within(back, elsewhere, margin)
-                found.append(Found(way, r, place, back, passes, judge(student)[0]))
+                right = judge(student)[0] if passes or way == DIRECT else 0.0  # others are not chosen from
+                found.append(Found(way, r, place, back, passes, right))
                 if passes:
                     break
         found.append(Found("", 0.0, (0.0, 0.0), 0.0, True, judge(teacher)[0]))
@@ -184,7 +179,7 @@ class Verification:
         kept = choose(found, least_right, chance, self.most * self._proportion(seen))
         set_at(student, kept.place, *states)
         self.rates, self.came_back = evidence.rates, 0.0 if kept.passes else kept.back
-        self.sentence = _sentence(kept, evidence)
+        self.sentence = _sentence(kept, evidence) + ("" if self.can_tell(seen) else self._asks_for_more(seen))
         rank_zero_info(self.sentence)
         return kept.r
 
@@ -230,6 +225,9 @@ class Verification:
             margin: instead of the own one.
         """
         return self._within(*evidence.came_back(network, name), self.margin if margin is None else margin)
+
+    def _asks_for_more(self, images: int) -> str:
+        return f" {images} clean images tell too little to look further; {self.least_images} would do."
 
     def _within(self, suspected: float, elsewhere: float, margin: float) -> bool:
         return suspected <= margin + 1e-6 and elsewhere <= self.margin_elsewhere + 1e-6

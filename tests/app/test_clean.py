@@ -145,7 +145,7 @@ def test_a_teacher_that_lost_too_much_gives_way_to_a_smaller_rate(owner, monkeyp
     assert found["chosen"]["teacher_rate"] == 0.05
     assert not any("fine-tuned" in warning for warning in found["warnings"])  # it is a choice, no warning
     said = found["chosen"]["reasons"]["teacher_rate"]
-    assert said.startswith("The strongest of those tried that cost at most 5.0 points of accuracy on held-out ")
+    assert said.startswith("The strongest of those tried that cost at most 8.8 points of accuracy on held-out ")
     assert said.endswith(
         "A teacher fine-tuned at rate 0.1 was not taken: it lost too much accuracy (0.0 % of the held-out images "
         "right, the suspicious network 100.0). A teacher fine-tuned at rate 0.025 was not taken: nothing shows that "
@@ -154,6 +154,20 @@ def test_a_teacher_that_lost_too_much_gives_way_to_a_smaller_rate(owner, monkeyp
     assert found["accuracy"]["teacher"]["value"] == 1.0
     assert Path("cleaned/cleaned.safetensors").is_file()
     assert not Path("cleaned/rejected.safetensors").exists()
+
+
+def test_half_of_few_images_are_mixed_for_a_teacher(owner, monkeypatch):
+    shares = []
+
+    class Asked(FineTuning):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            shares.append(self.mixed_share)
+
+    monkeypatch.setattr(teachers, "FineTuning", Asked)
+    monkeypatch.setitem(teachers.RATES, "SGD", (0.05,))
+    main(COMMAND)
+    assert shares == [0.5]
 
 
 def test_without_any_good_teacher_nothing_is_aligned(owner, monkeypatch):
