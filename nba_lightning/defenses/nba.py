@@ -1,5 +1,6 @@
 """Neural Behavioral Alignment."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
@@ -30,8 +31,8 @@ from nba_lightning.training.schedule import batches_of_an_epoch
 from nba_lightning.training.sweep import STUDENT_SHARE, USUAL_RATE
 from nba_lightning.training.verification import Verification
 
-_FOUND = ("rates", "came_back", "sentence")
-"""What verification found, which a fit that goes on after it cannot find again."""
+_NOTHING: dict[str, Any] = {"rates": {}, "came_back": 0.0, "sentence": ""}
+"""What verification found before it looked; a fit that goes on after it cannot find it again."""
 _RATES = {kind: STUDENT_SHARE * rate for kind, rate in USUAL_RATE.items()}
 
 
@@ -252,14 +253,14 @@ class NBA(Distillation):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As usual; and what was found when it was verified."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["verification"] = {name: getattr(self.verification, name) for name in _FOUND}
+        checkpoint["verification"] = {name: getattr(self.verification, name) for name in _NOTHING}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As usual; and take that over."""
+        """As usual; and take that over, or forget what was found before where nothing was."""
         super().on_load_checkpoint(checkpoint)
-        for name, value in checkpoint.get("verification", {}).items():
-            if name in _FOUND:
-                setattr(self.verification, name, value)
+        found = checkpoint.get("verification", {})
+        for name, nothing in _NOTHING.items():
+            setattr(self.verification, name, found.get(name, copy.copy(nothing)))
 
     def _verify(self) -> None:
         """Keep as much of what was learned as passes."""

@@ -166,8 +166,12 @@ def test_what_is_verified_is_what_every_file_holds(network, clean_digits, traine
     assert float(saved["accepted"]) == 0.5
     assert (saved["model.fc.bias"] == 7.0).all()
     again = NBA(small(), teacher=small())
-    again.on_load_checkpoint(torch.load(runner.checkpoint_callback.best_model_path, weights_only=True))
+    checkpoint = torch.load(runner.checkpoint_callback.best_model_path, weights_only=True)
+    again.on_load_checkpoint(checkpoint)
     assert (again.verification.came_back, again.verification.sentence) == (0.125, "Verified.")
+    del checkpoint["verification"]  # one that was not verified
+    again.on_load_checkpoint(checkpoint)
+    assert (again.verification.rates, again.verification.came_back, again.verification.sentence) == ({}, 0.0, "")
     cleaned = next(tmp_path.rglob("cleaned.safetensors"))
     assert (load_file(cleaned)["fc.bias"] == 7.0).all()
 
