@@ -100,11 +100,8 @@ class Cleaning:
         may_lose = teachers_loss(self.max_loss)
         say("4/6  The teacher: a copy of the network, fine-tuned on the clean images", self.show)
         if len(self.data.held_out):
-            most = f"{100 * may_lose:.1f} points of accuracy at most"
-            say(
-                f"  looked for is the strongest learning rate that costs {most} or what chance may, in up to four fits",
-                self.show,
-            )
+            most = f"{100 * may_lose:.1f} points of accuracy at most or what chance may"
+            say(f"  looked for is the strongest learning rate that costs {most}, in up to four fits", self.show)
         found, told = self._fit_teacher(steps, may_lose)
         return {**take_teacher(found, self.chain), "tried": list(told.values())}
 
