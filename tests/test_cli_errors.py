@@ -161,6 +161,7 @@ def test_a_checkpoint_of_another_module_is_said(tmp_path):
 
 @pytest.mark.parametrize("after", [False, True])
 def test_an_interruption_says_what_is_kept(after, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     start = Classifier.training_step
 
     def interrupted(self, *args):

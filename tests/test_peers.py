@@ -186,6 +186,7 @@ def test_both_sides_are_timed_over_the_images_that_they_read(peers, clones, tmp_
         sides.append((first(), second()))
         return {"mean": sides[-1][0] / sides[-1][1], "std": 0.0, "n": 1}
 
+    monkeypatch.chdir(tmp_path)  # where weights are left
     monkeypatch.setattr(clones_module.Pictures, "__getitem__", one)
     monkeypatch.setattr(BackdoorDataModule, "on_after_batch_transfer", batch)
     monkeypatch.setattr(peers, "ratio", both)
