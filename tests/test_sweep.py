@@ -123,7 +123,7 @@ def test_one_rate_is_tried_once():
     assert next_rate((0.1, 0.2), {0.1: True, 0.2: False}) is None
 
 
-def test_the_teacher_may_lose_more_only_where_the_student_learns_back():
+def test_the_teacher_may_lose_more_since_the_student_learns_back():
     assert teachers_loss(0.04) == pytest.approx(0.07)
     assert teachers_loss(0.8) == 1.0
 

@@ -95,7 +95,7 @@ class Cleaning:
     def teach(self, steps: int) -> dict[str, Any]:
         """Make the teacher; ``tried`` says which rates were not taken, and why.
 
-        It may lose more accuracy than the cleaned network where the student will learn a part of it back.
+        It may lose more accuracy than the cleaned network, since the student will learn a part of it back.
         """
         may_lose = teachers_loss(self.max_loss)
         say("4/6  The teacher: a copy of the network, fine-tuned on the clean images", self.show)

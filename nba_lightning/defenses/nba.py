@@ -1,6 +1,5 @@
 """Neural Behavioral Alignment."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
@@ -31,8 +30,6 @@ from nba_lightning.training.schedule import batches_of_an_epoch
 from nba_lightning.training.sweep import STUDENT_SHARE, USUAL_RATE
 from nba_lightning.training.verification import Verification
 
-_NOTHING: dict[str, Any] = {"rates": {}, "came_back": 0.0, "sentence": ""}
-"""What verification found before it looked; a fit that goes on after it cannot find it again."""
 _RATES = {kind: STUDENT_SHARE * rate for kind, rate in USUAL_RATE.items()}
 
 
@@ -253,14 +250,12 @@ class NBA(Distillation):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As usual; and what was found when it was verified."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["verification"] = {name: getattr(self.verification, name) for name in _NOTHING}
+        checkpoint["verification"] = self.verification.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As usual; and take that over, or forget what was found before where nothing was."""
         super().on_load_checkpoint(checkpoint)
-        found = checkpoint.get("verification", {})
-        for name, nothing in _NOTHING.items():
-            setattr(self.verification, name, found.get(name, copy.copy(nothing)))
+        self.verification.load_state_dict(checkpoint.get("verification", {}))
 
     def _verify(self) -> None:
         """Keep as much of what was learned as passes."""

@@ -1,6 +1,7 @@
 """How much of the suspicious network's knowledge can be kept without its backdoor."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -101,8 +102,17 @@ class Verification:
         self.least_images = least_images
         self.margin, self.margin_elsewhere, self.search = margin, margin_elsewhere, search or Search()
         self.max_loss, self.most = max_loss, most
-        self.rates: dict[str, list[float]] = {}
-        self.came_back, self.sentence = 0.0, ""
+        self.load_state_dict({})
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was found, which a fit that goes on after it cannot find again."""
+        return {"rates": self.rates, "came_back": self.came_back, "sentence": self.sentence}
+
+    def load_state_dict(self, found: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; what is missing is as before anything was looked for."""
+        self.rates: dict[str, list[float]] = found.get("rates", {})
+        self.came_back: float = found.get("came_back", 0.0)
+        self.sentence: str = found.get("sentence", "")
 
     def can_tell(self, images: int) -> bool:
         """Whether so many clean images tell enough to go further than half of the way to the student."""
@@ -179,7 +189,9 @@ class Verification:
         kept = choose(found, least_right, chance, self.most * self._proportion(seen))
         set_at(student, kept.place, *states)
         self.rates, self.came_back = evidence.rates, 0.0 if kept.passes else kept.back
-        self.sentence = _sentence(kept, evidence) + ("" if self.can_tell(seen) else self._asks_for_more(seen))
+        self.sentence = _sentence(kept, evidence)
+        if not self.can_tell(seen):
+            self.sentence += f" {seen} clean images tell too little to look further; {self.least_images} would do."
         rank_zero_info(self.sentence)
         return kept.r
 
@@ -225,9 +237,6 @@ class Verification:
             margin: instead of the own one.
         """
         return self._within(*evidence.came_back(network, name), self.margin if margin is None else margin)
-
-    def _asks_for_more(self, images: int) -> str:
-        return f" {images} clean images tell too little to look further; {self.least_images} would do."
 
     def _within(self, suspected: float, elsewhere: float, margin: float) -> bool:
         return suspected <= margin + 1e-6 and elsewhere <= self.margin_elsewhere + 1e-6
