@@ -66,3 +66,33 @@ class ResNet18(Stranger):
         from torchvision.models import resnet18
 
         super().__init__(resnet18(num_classes=num_classes), mean, std, 3, ["layer1", "layer2", "layer3", "layer4"])
+
+
+class Plain(nn.Module):
+    """Six convolutions with biases and no normalisation, pooled in pairs, then two linear layers.
+
+    Args:
+        num_classes: number of classes.
+        image_size: height and width of the images.
+        in_channels: channels of the images.
+        width: channels of the first two convolutions; the next ones have twice and four times as many.
+    """
+
+    feature_layers = ("features.4", "features.9", "features.14")
+
+    def __init__(
+        self, num_classes: int, image_size: int, in_channels: int, mean: Any = 0.5, std: Any = 0.25, width: int = 24
+    ) -> None:
+        super().__init__()
+        self.normalize = Normalize(mean, std, in_channels)
+        layers: list[nn.Module] = []
+        for before, channels in ((in_channels, width), (width, 2 * width), (2 * width, 4 * width)):
+            layers += [nn.Conv2d(before, channels, 3, padding=1), nn.ReLU()]
+            layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*layers)
+        hidden = [nn.Linear(4 * width * (image_size // 8) ** 2, 128), nn.ReLU(), nn.Dropout(0.3)]
+        self.classifier = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(128, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.features(self.normalize(images)))
+        return logits

@@ -15,7 +15,13 @@ from nba_lightning.core.augmentation import RandomCropFlip
 from nba_lightning.core.modes import placed
 from nba_lightning.defenses.bti_dbf import Inversion
 from nba_lightning.io.batches import Batch
-from nba_lightning.pseudo import ClassPerturbations, SamplePerturbations, TriggerFamilies, UniversalPerturbations
+from nba_lightning.pseudo import (
+    ClassPatches,
+    ClassPerturbations,
+    SamplePerturbations,
+    TriggerFamilies,
+    UniversalPerturbations,
+)
 from nba_lightning.training.redrawn_head import RedrawnHead
 from tests.attack_zoo import ATTACKS
 from tests.attack_zoo import build as build_attack
@@ -78,7 +84,9 @@ def test_a_step_and_its_gradient_are_all_on_the_device(defense, network, trainer
 
 
 @pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("made", [ClassPerturbations(), UniversalPerturbations(), SamplePerturbations()])
+@pytest.mark.parametrize(
+    "made", [ClassPatches(2, 2), ClassPerturbations(), UniversalPerturbations(), SamplePerturbations()]
+)
 def test_pseudo_samples_are_crafted_on_the_device(made, network):
     student, images = network.to(META), torch.rand(8, 1, 8, 8, device=META)
     generator = randomness.generator_for(0, device=META)

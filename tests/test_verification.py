@@ -92,12 +92,37 @@ def test_ruins_on_the_way_are_not_kept():
     assert made.keep(student, Ruin(0.0), suspicious, batches(), 100, generator_for(1)) == 1.0
 
 
-def test_where_no_class_stands_out_nothing_is_taken_beyond_the_student():
-    made = Verification(search=Search(sizes=(1e-4,), steps=2, images=300))
+@pytest.mark.parametrize(("grid", "kept"), [(0, 0.5), (4, 1.0)])
+def test_where_no_class_stands_out_half_of_the_way_to_the_student_is_kept(grid, kept):
+    made = Verification((1.0,), search=Search(sizes=(1e-4,), steps=20, images=300, grid=grid))
     student = Net(0.0)
     student.steps.data += 4.0
-    assert made.keep(student, Net(0.0), Net(2000.0), batches(), 100, generator_for(1)) == 1.0
-    assert float(student.steps.detach()) == 4.0
+    assert made.keep(student, Net(0.0), Net(2000.0), batches(), 100, generator_for(1)) == kept  # a patch sees it
+    assert float(student.steps.detach()) == 4.0 * kept
+    assert ("No class stands out" in made.sentence) is not grid
+    assert ("patches win class 0" in made.sentence) is bool(grid)
+
+
+def test_a_student_that_a_patch_wins_is_not_kept_though_no_perturbation_wins_it():
+    made = Verification((1.0, 1e-4), search=Search(sizes=(1e-4,), steps=20, images=300))
+    student = Net(2000.0)
+    assert made.keep(student, Net(0.0), Net(2000.0), batches(), 100, generator_for(1)) == 1e-4
+    assert max(made.rates["over the student 1"][:3]) < 0.1 < 0.8 < made.rates["over the student 1"][3]
+
+
+def test_the_two_best_patches_of_a_class_are_kept_if_they_win_enough(monkeypatch):
+    teacher = torch.tensor([0.0] * 5 + [0.1] + [0.0] * 6)
+    suspicious = torch.tensor([0.7, 0.85, 0.9, 0.95, 0.83, 0.87, 0.0, 0.0, 0.8, 0.8, 0.8, 0.8])
+    small = torch.tensor([0.3, 0.0, 0.0])
+    shares = iter([torch.zeros(3), small, teacher, suspicious])
+    monkeypatch.setattr(searching, "won", lambda network, batches, classes, *_: next(shares, torch.zeros(len(classes))))
+    found = Search(sizes=(0.1,), steps=1, images=64, grid=2)(Net(0.0), Net(0.0), batches(), 2, generator_for(0))
+    assert found.classes.tolist() == [0, 1, 2, 0, 0, 1]
+    assert found.suspects.tolist() == [True, False, False, True, True, True]
+    assert found.patches.tolist() == [False, False, False, True, True, True]
+    lit = [cover.nonzero()[0, 1:].tolist() for cover in found.covers[3:]]  # the upper left pixel of each cell
+    assert lit == [[4, 4], [4, 0], [0, 0]]
+    assert bool((found.bank[3:] * (1 - found.covers[3:])).abs().max() == 0)
 
 
 @pytest.mark.parametrize(("learned", "kept"), [(0.0, 0.5), (100.0, 0.25), (2000.0, 0.0)])
@@ -120,7 +145,7 @@ def test_of_few_images_half_of_the_way_to_the_student_is_kept_at_most(learned, k
 
 
 def test_a_suspected_class_is_held_to_the_margin_and_others_to_theirs():
-    made = Verification(margin=0.02, margin_elsewhere=0.1)
+    made = Verification(margin=0.02, margin_elsewhere=0.1, search=Search(grid=0))
     evidence = made.search(Net(2000.0), Net(0.0), batches(), 100, generator_for(1))
     assert evidence.classes.tolist() == [0, 1, 2, 0]  # the next larger perturbation counts for the suspected one too
     assert evidence.suspects.tolist() == [True, False, False, True]
@@ -148,6 +173,31 @@ def test_what_came_back_is_a_share_of_the_gap_and_the_mean_of_a_class():
     assert elsewhere == 0.0  # less than half of the gap
     found.won = lambda *_: torch.tensor([0.1, 0.2, 0.2])
     assert abs(found.came_back(Net(0.0), "two")[1] - 0.2) < 1e-6
+
+
+def test_a_patch_is_put_on_and_a_perturbation_is_added():
+    class Dark(nn.Module):
+        def forward(self, images):
+            return 0.5 - torch.stack([images.mean(dim=(1, 2, 3)), 1 - images.mean(dim=(1, 2, 3))], dim=1)
+
+    images, bank, covers = [torch.full((4, 1, 2, 2), 0.9)], torch.full((2, 1, 2, 2), 0.2), torch.ones(2, 1, 2, 2)
+    covers[1] = 0
+    found = searching.won(Dark(), images, torch.tensor([0, 0]), bank, same, covers)
+    assert found.tolist() == [1.0, 0.0]
+    evidence = Evidence(torch.tensor([0, 0]), bank, torch.tensor([True, False]), images, 1, same, covers)
+    assert evidence.won(Dark(), "dark").tolist() == [1.0, 0.0]
+
+
+def test_what_patches_win_is_not_made_less_by_what_perturbations_do_not():
+    covers = torch.zeros(3, 1, 8, 8)
+    covers[2, :, :4, :4] = 1
+    suspects = torch.tensor([True, False, True])
+    found = Evidence(torch.tensor([2, 0, 2]), torch.zeros(3, 1, 8, 8), suspects, [], 1, same, covers)
+    found.taught, found.gaps = torch.tensor([0.1, 0.0, 0.0]), torch.tensor([0.5, 0.3, 1.0])
+    found.won = lambda *_: torch.tensor([0.1, 0.0, 0.2])
+    assert abs(found.came_back(Net(0.0), "one")[0] - 0.2) < 1e-6
+    found.won = lambda *_: torch.tensor([0.2, 0.0, 0.0])
+    assert abs(found.came_back(Net(0.0), "two")[0] - 0.2) < 1e-6
 
 
 def test_of_three_ways_the_one_half_way_is_kept_unless_another_is_right_more_often_than_by_chance():
@@ -229,7 +279,7 @@ def test_of_many_classes_those_to_which_synthetic_triggers_move_the_suspicious_n
             return logits
 
     images = [torch.full((8, 1, 8, 8), 0.5)] * 3
-    search = Search(classes=1, sizes=(0.01,), steps=1, images=24)
+    search = Search(classes=1, sizes=(0.01,), steps=1, images=24, grid=0)
     evidence = search(Many(1e4), Many(0.0), iter(images * 9), 3, generator_for(0))
     assert evidence.classes.tolist() == [33]
     assert evidence.bank.shape == (1, 1, 8, 8)

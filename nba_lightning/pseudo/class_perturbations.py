@@ -1,30 +1,23 @@
 """Perturbations that the student falls for and the teacher withstands, one for each class and size."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from nba_lightning.core.checks import check_at_least, check_range, expected
-from nba_lightning.core.features import predict
-from nba_lightning.core.functional import GRADIENT_SCALE
-from nba_lightning.core.modes import evaluating
-from nba_lightning.pseudo.base import KLDisagreement, PseudoSamples, Reduce, project, repeated, same
-
-_AT_ONCE = 64
-"""Images that go through the networks at once, about; all at once they would need more memory than training does."""
+from nba_lightning.core.checks import check_range, expected
+from nba_lightning.pseudo.base import project
+from nba_lightning.pseudo.per_class import PerClass
 
 
-class ClassPerturbations(PseudoSamples):
+class ClassPerturbations(PerClass):
     r"""Universal perturbations d, one for each class k and each size.
 
     They minimise, over clean images x,
 
     .. math:: CE(S(x + d), k) + CE(T(x + d), T(x))
 
-    within a bound on their root mean square: S falls for the class, and T goes on saying what it says of x. They are
-    continued from epoch to epoch. The bank travels in checkpoints and is the same on all processes.
+    within a bound on their root mean square; see :class:`~nba_lightning.pseudo.per_class.PerClass`.
 
     Args:
         sizes: bounds on the root mean square of a perturbation over its values, in units of the image range [0, 1].
@@ -47,100 +40,31 @@ class ClassPerturbations(PseudoSamples):
             raise expected("sizes", "at least one bound", list(sizes))
         for size in sizes:
             check_range("sizes", size, 0.0, 1.0, open_low=True)
-        super().__init__(max(sizes), steps, KLDisagreement())
-        check_at_least("images_each", images_each, 1)
-        if classes is not None and not len(classes):
-            raise expected("classes", "at least one class, or None for all", list(classes))
-        self.sizes, self.images_each, self.classes = list(sizes), images_each, classes
-        self.bank = torch.empty(0)
+        super().__init__(max(sizes), steps, images_each, classes)
+        self.sizes = list(sizes)
 
-    def regenerate(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        batches: Iterable[Tensor],
-        generator: torch.Generator | None = None,
-        reduce: Reduce = same,
-    ) -> None:
-        """Some gradient steps on the bank; see :meth:`PseudoSamples.regenerate`."""
-        endless = batches if isinstance(batches, Iterator) else repeated(batches)
-        images = next(endless)
-        with evaluating(student, teacher):
-            with torch.no_grad():
-                number = predict(student, images[:1]).shape[1]
-            classes = torch.tensor(range(number) if self.classes is None else self.classes, device=images.device)
-            wanted = classes.repeat(len(self.sizes))
-            bounds = torch.tensor(self.sizes, device=images.device).repeat_interleave(len(classes)).view(-1, 1, 1, 1)
-            if self.bank.numel() == 0:
-                shape = (len(wanted), *images.shape[1:])
-                noise = torch.randn(shape, generator=generator, device=images.device)
-                self.bank = project(noise, 1e-3) * 100 * bounds
-            bank = self.bank.to(images.device)
-            for step in range(self.steps):
-                images = images if step == 0 else next(endless)
-                size = (len(wanted) * self.images_each,)
-                chosen = torch.randint(len(images), size, generator=generator, device=images.device)
-                gradients = reduce(self._towards(student, teacher, images, chosen, bank, wanted))
-                bank = _bounded(bank - 2.5 / self.steps * bounds * _unit_rms(gradients), bounds)
-        self.bank = bank
+    def rows_of(self, classes: Tensor) -> Tensor:
+        """All classes at the first size, then at the next."""
+        return classes.repeat(len(self.sizes))
 
-    def passes(self, batch: int, num_classes: int) -> int:
-        """See :meth:`PseudoSamples.passes`."""
-        classes = num_classes if self.classes is None else len(self.classes)
-        return 5 * self.steps * len(self.sizes) * classes * self.images_each + 1
+    def show(self, images: Tensor, contents: Tensor, rows: Tensor) -> Tensor:
+        """Add and clamp."""
+        return (images + contents).clamp(0.0, 1.0).to(images.dtype)
 
-    def _towards(
-        self, student: nn.Module, teacher: nn.Module, images: Tensor, chosen: Tensor, bank: Tensor, wanted: Tensor
-    ) -> Tensor:
-        """Gradients of what is minimised, `(N, C, H, W)`; ``chosen`` names ``images_each`` images of each in turn."""
-        some = max(1, _AT_ONCE // self.images_each)
-        parts = (
-            self._gradients(student, teacher, images[own], bank[start : start + some], wanted[start : start + some])
-            for start, own in zip(range(0, len(bank), some), torch.split(chosen, some * self.images_each), strict=True)
-        )
-        return torch.cat(list(parts))
+    def _bounds(self, rows: int, device: torch.device) -> Tensor:
+        return torch.tensor(self.sizes, device=device).repeat_interleave(rows // len(self.sizes)).view(-1, 1, 1, 1)
 
-    def _gradients(
-        self, student: nn.Module, teacher: nn.Module, images: Tensor, bank: Tensor, wanted: Tensor
-    ) -> Tensor:
-        owner = torch.arange(len(bank), device=images.device).repeat_interleave(self.images_each)
-        with torch.no_grad():
-            said = predict(teacher, images).argmax(dim=1)
-        with torch.enable_grad():
-            leaf = bank.detach().requires_grad_()
-            inputs = (images + leaf[owner]).clamp(0.0, 1.0).to(images.dtype)
-            falls = F.cross_entropy(predict(student, inputs).float(), wanted[owner], reduction="sum")
-            stays = F.cross_entropy(predict(teacher, inputs).float(), said, reduction="sum")
-            return torch.autograd.grad(GRADIENT_SCALE * (falls + stays), leaf)[0].float()
+    def _begin(self, images: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:
+        noise = torch.randn((rows, *images.shape[1:]), generator=generator, device=images.device)
+        return project(noise, 1e-3) * 100 * self._bounds(rows, images.device)
 
-    def forward(
-        self,
-        images: Tensor,
-        student: nn.Module | None = None,
-        teacher: nn.Module | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """One perturbation of the bank for each image, drawn at random."""
-        if self.bank.numel() == 0:
-            raise RuntimeError("Call `regenerate` (or add PseudoSampleRegeneration to the callbacks) before sampling.")
-        owner = torch.randint(len(self.bank), (len(images),), generator=generator, device=images.device)
-        return self.bank.to(images)[owner]
-
-    def get_extra_state(self) -> Tensor:
-        """The bank, for checkpoints."""
-        return self.bank
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take a bank over."""
-        self.bank = state
+    def _moved(self, bank: Tensor, gradients: Tensor, step: int) -> Tensor:
+        bounds = self._bounds(len(bank), bank.device)
+        return _bounded(bank - 2.5 / self.steps * bounds * gradients / _rms(gradients), bounds)
 
 
 def _rms(perturbations: Tensor) -> Tensor:
     return perturbations.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
-
-
-def _unit_rms(gradients: Tensor) -> Tensor:
-    return gradients / _rms(gradients)
 
 
 def _bounded(perturbations: Tensor, bounds: Tensor) -> Tensor:

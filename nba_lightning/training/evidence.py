@@ -11,24 +11,32 @@ from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.core.features import predict
 from nba_lightning.core.modes import evaluating
 from nba_lightning.pseudo.base import Reduce, same
+from nba_lightning.pseudo.class_patches import ClassPatches, covered
 from nba_lightning.pseudo.class_perturbations import ClassPerturbations
 from nba_lightning.pseudo.trigger_families import TriggerFamilies
 
 _BY_NATURE = 0.05
 """Share of the images that any class may win by nature."""
+_WON_BY_PATCH = 0.8
+"""Share of the images that a patch must win more from the suspicious network; by nature it was 61 % at most."""
+_IMAGES_OF_PATCH, _ASKED_OF_PATCHES = 4, 64
+"""Images for each patch in a step of crafting, and on which all patches are tried."""
+_PATCHES_EACH = 2
+"""Patches of a class that are kept."""
 
 
 @dataclass
 class Evidence:
-    """N perturbations, and the images on which networks are asked.
+    """N perturbations and patches, and the images on which networks are asked.
 
     Attributes:
-        classes: `(N,)` the class that each perturbation is for; a suspected one has several.
-        bank: `(N, C, H, W)` the perturbations.
+        classes: `(N,)` the class that each is for; a suspected one has several.
+        bank: `(N, C, H, W)` what is added to the images.
         suspects: `(N,)` whether the class is suspected.
         images: batches of clean images.
         few: how many of these batches are enough for a class that is not suspected.
         reduce: averages a tensor over all processes.
+        covers: `(N, 1, H, W)` 1 where a patch covers the image; `None` where there are no patches.
         said: what the suspicious network says to the clean images, batch by batch.
         taught: `(N,)` share of the images that each perturbation wins from the teacher.
         gaps: `(N,)` share that it wins more from the suspicious network.
@@ -41,10 +49,18 @@ class Evidence:
     images: list[Tensor]
     few: int
     reduce: Reduce
+    covers: Tensor | None = None
     said: list[Tensor] = field(default_factory=list)
     taught: Tensor = field(default_factory=lambda: torch.empty(0))
     gaps: Tensor = field(default_factory=lambda: torch.empty(0))
     rates: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def patches(self) -> Tensor:
+        """Which are patches `(N,)`."""
+        if self.covers is None:
+            return torch.zeros_like(self.suspects)
+        return self.covers.flatten(1).any(dim=1)
 
     def of(self, suspicious: nn.Module, teacher: nn.Module) -> "Evidence":
         """Ask the suspicious network and the teacher."""
@@ -59,7 +75,8 @@ class Evidence:
         rates = torch.zeros(len(self.bank), device=self.bank.device)
         for rows, images in ((self.suspects, self.images), (~self.suspects, self.images[: self.few])):
             if bool(rows.any()):
-                rates[rows] = won(network, images, self.classes[rows], self.bank[rows], self.reduce)
+                covers = None if self.covers is None else self.covers[rows]
+                rates[rows] = won(network, images, self.classes[rows], self.bank[rows], self.reduce, covers)
         self.rates[name] = rates.tolist()
         return rates
 
@@ -67,13 +84,13 @@ class Evidence:
         """How much of what the suspicious network falls for a network falls for.
 
         Returns:
-            The largest share of a suspected class's gap, the mean over its perturbations; and of the other classes the
-            largest share of the images beyond the teacher's and beyond half of the gap.
+            The largest share of a suspected class's gap, the mean over its perturbations or over its patches; and of
+            the other classes the largest share of the images beyond the teacher's and beyond half of the gap.
         """
         more = self.won(network, name) - self.taught
-        ratio, suspects = more / self.gaps, self.suspects
-        numbers = sorted(set(self.classes[suspects].tolist()))
-        back = [float(ratio[suspects & (self.classes == number)].mean()) for number in numbers]
+        ratio, suspects, patches = more / self.gaps, self.suspects, self.patches
+        kinds = sorted(set(zip(self.classes[suspects].tolist(), patches[suspects].tolist(), strict=True)))
+        back = [float(ratio[suspects & (self.classes == number) & (patches == kind)].mean()) for number, kind in kinds]
         others = (more - self.gaps / 2)[~suspects]
         elsewhere = torch.where(others > 0, more[~suspects], 0.0)
         return max(back, default=0.0), float(elsewhere.max()) if len(elsewhere) else 0.0
@@ -100,6 +117,11 @@ class Search:
     A class is *suspected* if its gap is above ``suspected`` and it stands out at least half as far as the first; the
     next larger perturbation counts for it too.
 
+    A small bright trigger is not like any small perturbation, and a teacher that has learned to withstand perturbations
+    may withstand these and not the trigger. So patches are crafted as well
+    (:class:`~nba_lightning.pseudo.class_patches.ClassPatches`), and a class is suspected too if one of its patches wins
+    80 % more of the images from the suspicious network than from the teacher; its two best ones count.
+
     Args:
         suspected: see above; a share of the images, in [0, 1].
         sizes: bounds on the root mean square of a perturbation, in units of the image range [0, 1], rising.
@@ -109,6 +131,7 @@ class Search:
         images_elsewhere: likewise, for other classes.
         classes: how many classes are looked at in a network that has more; those to which synthetic triggers move the
             suspicious network most and the teacher least.
+        grid: cells along each side of the image, each of which a patch may cover; 0 looks for no patches.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -123,14 +146,17 @@ class Search:
         images: int = 2000,
         images_elsewhere: int = 400,
         classes: int = 32,
+        grid: int = 4,
     ) -> None:
         check_range("suspected", suspected, 0.0, 1.0)
         for name, number in {"images": images, "images_elsewhere": images_elsewhere, "classes": classes}.items():
             check_at_least(name, number, 1)
+        check_at_least("grid", grid, 0)
         if not sizes or sorted(sizes) != list(sizes):
             raise expected("sizes", "at least one bound, rising", list(sizes))
         self.suspected, self.images, self.images_elsewhere = suspected, images, images_elsewhere
         self.sizes, self.steps, self.images_each, self.classes = list(sizes), steps, images_each, classes
+        self.grid = grid
 
     def passes(self, classes: int, images: int, networks: int) -> int:
         """How many times an image goes forwards or backwards through a network, at most.
@@ -143,7 +169,10 @@ class Search:
         looked_at = min(classes, self.classes)
         crafting = 5 * self.steps * self.images_each * looked_at  # the teacher once, then both there and back
         asking = (looked_at + 2) * min(self.images_elsewhere, images)
-        return len(self.sizes) * (crafting + 2 * asking) + (networks + 2) * (asking + 4 * min(self.images, images))
+        kept = 4 + (_PATCHES_EACH if self.grid else 0)  # of one suspected class, and what is asked of clean images
+        patches = self.grid**2 * looked_at * (5 * self.steps * _IMAGES_OF_PATCH + 2 * _ASKED_OF_PATCHES)
+        asked = (networks + 2) * (asking + kept * min(self.images, images))
+        return len(self.sizes) * (crafting + 2 * asking) + patches + asked
 
     def __call__(
         self,
@@ -191,7 +220,35 @@ class Search:
             there = best + 1 < len(tried)
             larger = [tried[best + 1][0][suspects] if there else crafted(self.sizes[best + 1], classes[suspects])]
         rows = [torch.cat([part, *(part[suspects] for _ in larger)]) for part in (classes, suspects)]
-        return Evidence(rows[0], torch.cat([bank, *larger]), rows[1], looked_at, few, reduce).of(suspicious, teacher)
+        found = Evidence(rows[0], torch.cat([bank, *larger]), rows[1], looked_at, few, reduce)
+        if self.grid:
+            crafting = ClassPatches(self.grid, self.steps, _IMAGES_OF_PATCH, classes.tolist())
+            crafting.regenerate(suspicious, teacher, batches, generator, reduce)
+            self._add_patches(found, crafting, classes, suspicious, teacher)
+        return found.of(suspicious, teacher)
+
+    def _add_patches(
+        self, evidence: Evidence, crafting: ClassPatches, classes: Tensor, suspicious: nn.Module, teacher: nn.Module
+    ) -> None:
+        """Add the best patches of each class, of those that win enough more from the suspicious network."""
+        first, every = evidence.images[0], torch.arange(len(crafting.bank), device=crafting.bank.device)
+        covers = crafting.covers(first, every).to(crafting.bank)
+        bank, wanted = crafting.bank * covers, crafting.rows_of(classes)
+        asked = evidence.images[: 1 + (_ASKED_OF_PATCHES - 1) // len(first)]
+        taught, came_in = (
+            won(network, asked, wanted, bank, evidence.reduce, covers) for network in (teacher, suspicious)
+        )
+        gaps = (came_in - taught).view(len(classes), -1)
+        best = gaps.topk(min(_PATCHES_EACH, gaps.shape[1]), dim=1)
+        rows = best.indices + torch.arange(len(classes), device=gaps.device).unsqueeze(1) * gaps.shape[1]
+        kept = rows[best.values > _WON_BY_PATCH]
+        if not len(kept):
+            return
+        none = covers.new_zeros((len(evidence.bank), *covers.shape[1:]))
+        evidence.covers = torch.cat([none, covers[kept]])
+        evidence.bank = torch.cat([evidence.bank, bank[kept]])
+        evidence.classes = torch.cat([evidence.classes, wanted[kept]])
+        evidence.suspects = torch.cat([evidence.suspects, evidence.suspects.new_ones(len(kept))])
 
     @torch.no_grad()
     def _most_moved(
@@ -217,14 +274,21 @@ class Search:
 
 
 @torch.no_grad()
-def won(network: nn.Module, batches: Sequence[Tensor], classes: Tensor, bank: Tensor, reduce: Reduce = same) -> Tensor:
-    """Share of the images `(N,)` that each perturbation wins for its class, of those not in it anyway."""
+def won(
+    network: nn.Module,
+    batches: Sequence[Tensor],
+    classes: Tensor,
+    bank: Tensor,
+    reduce: Reduce = same,
+    covers: Tensor | None = None,
+) -> Tensor:
+    """Share of the images `(N,)` that each row of a bank wins for its class, of those not in it anyway."""
     wins, seen = torch.zeros(len(bank), device=bank.device), torch.zeros(len(bank), device=bank.device)
     with evaluating(network):
         for images in batches:
             before = predict(network, images).argmax(dim=1)
-            for n, (wanted, perturbation) in enumerate(zip(classes, bank, strict=True)):
-                inputs = (images + perturbation).clamp(0.0, 1.0).to(images.dtype)
+            for n, (wanted, contents) in enumerate(zip(classes, bank, strict=True)):
+                inputs = covered(images, contents, contents.new_zeros(1) if covers is None else covers[n])
                 others = before != wanted
                 wins[n] += ((predict(network, inputs).argmax(dim=1) == wanted) & others).sum()
                 seen[n] += others.sum()

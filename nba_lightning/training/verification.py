@@ -43,22 +43,21 @@ class Verification:
     those that did not, if it is no more than ``most`` of the gap, whatever other classes win; the owner is warned.
     (Of a backdoor that a student has learned the perturbations show less, so no other way may give more.)
 
-    Where no class is suspected, only the way to the student is gone: what cannot be seen is not asked for. Fewer than
-    ``least_images`` clean images tell little: of them only the ``few`` places on the way to the student are looked at,
-    half of it at most, where a backdoor that the student has learned hardly is yet; the whole margin may come back
-    there. BatchNorm statistics are mixed like the weights; estimated anew on plain images they would not be those of
-    the mixture with pseudo samples on which all were learned.
+    Where no class is suspected, and of fewer than ``least_images`` clean images, which tell little, only the ``few``
+    places on the way to the student are looked at, half of it at most, where a backdoor that the student has learned
+    hardly is yet; of few images the whole margin may come back there. BatchNorm statistics are mixed like the weights;
+    estimated anew on plain images they would not be those of the mixture with pseudo samples on which all were learned.
 
     Ours; what led to the thresholds is in ``benchmarks/METHOD.md``. Weights between a network and what was fine-tuned
     from it are as in Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022 (arXiv 2109.01903), section
     3, means of several such networks as in Wortsman et al., "Model soups", ICML 2022 (arXiv 2203.05482). What it cannot
-    see: a backdoor whose trigger no small perturbation of the image resembles.
+    see: a backdoor whose trigger neither a small perturbation of the image nor a patch resembles.
 
     Args:
         shares: r of the way over the student, in (0, 2], from the largest to the smallest.
         direct: r of the direct way, in (0, 1], from the largest to the smallest.
         halfway: likewise, of the way half way between that and the student.
-        few: r of the way to the student, in (0, 1], from the largest to the smallest, where there are few images.
+        few: r of the way to the student, in (0, 1], from the largest to the smallest, where little can be told.
         margin: see above; a share of the gap, in [0, 1], for as many images as the search takes.
         margin_elsewhere: see above; a share of the images.
         max_loss: accuracy on held-out images that the owner can do without, in [0, 1]; chance is allowed for by
@@ -68,7 +67,7 @@ class Verification:
         least_images: clean images of each process of which fewer are few.
 
     Attributes:
-        rates: shares of the images that each perturbation won, of every network that was looked at.
+        rates: shares of the images that each perturbation and patch won, of every network that was looked at.
         came_back: share of the gap that came back, where accuracy asked for what does not pass; else 0.
         sentence: what was kept, and why.
 
@@ -162,11 +161,9 @@ class Verification:
         states = (teacher.state_dict(), learned, suspicious.state_dict())
         seen = one_pass * len(next(batches))
         evidence, margin = self.search(suspicious, teacher, batches, one_pass, generator, reduce), self.margin_of(seen)
-        ways = {HALFWAY: self.halfway, DIRECT: self.direct, OVER: self.shares}
-        if not self.can_tell(seen):
-            ways = {OVER: self.few}
-        elif not bool(evidence.suspects.any()):
-            ways = {OVER: [r for r in self.shares if r <= 1]}
+        ways = {OVER: self.few}
+        if self.can_tell(seen) and bool(evidence.suspects.any()):
+            ways = {HALFWAY: self.halfway, DIRECT: self.direct, OVER: self.shares}
         least = evidence.agreement(teacher) - _LESS_AGREEMENT
         found: list[Found] = []
         for way, shares in ways.items():
@@ -246,8 +243,9 @@ def _sentence(kept: Found, evidence: Evidence) -> str:
     came_in, taught = evidence.rates["suspicious"], evidence.rates["teacher"]
     worst = max(range(len(came_in)), key=lambda n: came_in[n] - taught[n])
     r, now = kept.r, evidence.rates.get(f"{kept.way} {kept.r:g}", taught)[worst]
+    means = "patches win" if bool(evidence.patches[worst]) else "small perturbations win"
     told = (
-        f"small perturbations win class {int(evidence.classes[worst])} {100 * came_in[worst]:.0f} % of the images from "
+        f"{means} class {int(evidence.classes[worst])} {100 * came_in[worst]:.0f} % of the images from "
         f"the suspicious network, {100 * taught[worst]:.1f} % from the teacher and {100 * now:.1f} % from the network "
         "that is kept."
     )

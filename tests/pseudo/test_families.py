@@ -13,7 +13,7 @@ from nba_lightning.pseudo import (
     Together,
     TriggerFamilies,
     UniversalPerturbations,
-    class_perturbations,
+    per_class,
 )
 from nba_lightning.pseudo import families as module
 from nba_lightning.pseudo.families import (
@@ -204,7 +204,7 @@ def test_perturbations_are_crafted_a_few_at_a_time_and_alike(monkeypatch):
     student.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
 
     def bank(at_once):
-        monkeypatch.setattr(class_perturbations, "_AT_ONCE", at_once)
+        monkeypatch.setattr(per_class, "AT_ONCE", at_once)
         made = ClassPerturbations((0.02, 0.1), steps=3, images_each=7)
         sizes.clear()
         made.regenerate(student, teacher, [images], generator_for(0))
