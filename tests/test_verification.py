@@ -112,16 +112,18 @@ def test_a_student_that_a_patch_wins_is_not_kept_though_no_perturbation_wins_it(
 
 def test_the_two_best_patches_of_a_class_are_kept_if_they_win_enough(monkeypatch):
     teacher = torch.tensor([0.0] * 5 + [0.1] + [0.0] * 6)
-    suspicious = torch.tensor([0.7, 0.85, 0.9, 0.95, 0.83, 0.87, 0.0, 0.0, 0.8, 0.8, 0.8, 0.8])
+    suspicious = torch.tensor([0.7, 0.85, 0.9, 0.95, 0.83, 0.87, 0.0, 0.0, 0.9, 0.8, 0.8, 0.8])
     small = torch.tensor([0.3, 0.0, 0.0])
-    shares = iter([torch.zeros(3), small, teacher, suspicious])
+    monkeypatch.setattr(searching, "_CLASSES_AT_ONCE", 2)
+    by_patches = [part for both in zip(teacher.split(8), suspicious.split(8), strict=True) for part in both]
+    shares = iter([torch.zeros(3), small, *by_patches])
     monkeypatch.setattr(searching, "won", lambda network, batches, classes, *_: next(shares, torch.zeros(len(classes))))
     found = Search(sizes=(0.1,), steps=1, images=64, grid=2)(Net(0.0), Net(0.0), batches(), 2, generator_for(0))
-    assert found.classes.tolist() == [0, 1, 2, 0, 0, 1]
-    assert found.suspects.tolist() == [True, False, False, True, True, True]
-    assert found.patches.tolist() == [False, False, False, True, True, True]
+    assert found.classes.tolist() == [0, 1, 2, 0, 0, 1, 2]
+    assert found.suspects.tolist() == [True, False, False, True, True, True, True]
+    assert found.patches.tolist() == [False, False, False, True, True, True, True]
     lit = [cover.nonzero()[0, 1:].tolist() for cover in found.covers[3:]]  # the upper left pixel of each cell
-    assert lit == [[4, 4], [4, 0], [0, 0]]
+    assert lit == [[4, 4], [4, 0], [0, 0], [0, 0]]
     assert bool((found.bank[3:] * (1 - found.covers[3:])).abs().max() == 0)
 
 

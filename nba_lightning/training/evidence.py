@@ -23,6 +23,8 @@ _IMAGES_OF_PATCH, _ASKED_OF_PATCHES = 4, 64
 """Images for each patch in a step of crafting, and on which all patches are tried."""
 _PATCHES_EACH = 2
 """Patches of a class that are kept."""
+_CLASSES_AT_ONCE = 16
+"""Classes whose patches are in memory at once."""
 
 
 @dataclass
@@ -221,34 +223,11 @@ class Search:
             larger = [tried[best + 1][0][suspects] if there else crafted(self.sizes[best + 1], classes[suspects])]
         rows = [torch.cat([part, *(part[suspects] for _ in larger)]) for part in (classes, suspects)]
         found = Evidence(rows[0], torch.cat([bank, *larger]), rows[1], looked_at, few, reduce)
-        if self.grid:
-            crafting = ClassPatches(self.grid, self.steps, _IMAGES_OF_PATCH, classes.tolist())
+        for part in torch.split(classes, _CLASSES_AT_ONCE) if self.grid else ():
+            crafting = ClassPatches(self.grid, self.steps, _IMAGES_OF_PATCH, part.tolist())
             crafting.regenerate(suspicious, teacher, batches, generator, reduce)
-            self._add_patches(found, crafting, classes, suspicious, teacher)
+            _add_patches(found, crafting, part, suspicious, teacher)
         return found.of(suspicious, teacher)
-
-    def _add_patches(
-        self, evidence: Evidence, crafting: ClassPatches, classes: Tensor, suspicious: nn.Module, teacher: nn.Module
-    ) -> None:
-        """Add the best patches of each class, of those that win enough more from the suspicious network."""
-        first, every = evidence.images[0], torch.arange(len(crafting.bank), device=crafting.bank.device)
-        covers = crafting.covers(first, every).to(crafting.bank)
-        bank, wanted = crafting.bank * covers, crafting.rows_of(classes)
-        asked = evidence.images[: 1 + (_ASKED_OF_PATCHES - 1) // len(first)]
-        taught, came_in = (
-            won(network, asked, wanted, bank, evidence.reduce, covers) for network in (teacher, suspicious)
-        )
-        gaps = (came_in - taught).view(len(classes), -1)
-        best = gaps.topk(min(_PATCHES_EACH, gaps.shape[1]), dim=1)
-        rows = best.indices + torch.arange(len(classes), device=gaps.device).unsqueeze(1) * gaps.shape[1]
-        kept = rows[best.values > _WON_BY_PATCH]
-        if not len(kept):
-            return
-        none = covers.new_zeros((len(evidence.bank), *covers.shape[1:]))
-        evidence.covers = torch.cat([none, covers[kept]])
-        evidence.bank = torch.cat([evidence.bank, bank[kept]])
-        evidence.classes = torch.cat([evidence.classes, wanted[kept]])
-        evidence.suspects = torch.cat([evidence.suspects, evidence.suspects.new_ones(len(kept))])
 
     @torch.no_grad()
     def _most_moved(
@@ -271,6 +250,29 @@ class Search:
                 came, taught = (predict(one, triggered).float().softmax(dim=1) for one in (suspicious, teacher))
                 moved += (came - taught).mean(dim=0)
         return reduce(moved).topk(self.classes).indices.sort().values
+
+
+def _add_patches(
+    evidence: Evidence, crafting: ClassPatches, classes: Tensor, suspicious: nn.Module, teacher: nn.Module
+) -> None:
+    """Add the best patches of each class, of those that win enough more from the suspicious network."""
+    first, every = evidence.images[0], torch.arange(len(crafting.bank), device=crafting.bank.device)
+    covers = crafting.covers(first, every).to(crafting.bank)
+    bank, wanted = crafting.bank * covers, crafting.rows_of(classes)
+    asked = evidence.images[: 1 + (_ASKED_OF_PATCHES - 1) // len(first)]
+    taught, came_in = (won(network, asked, wanted, bank, evidence.reduce, covers) for network in (teacher, suspicious))
+    gaps = (came_in - taught).view(len(classes), -1)
+    best = gaps.topk(min(_PATCHES_EACH, gaps.shape[1]), dim=1)
+    rows = best.indices + torch.arange(len(classes), device=gaps.device).unsqueeze(1) * gaps.shape[1]
+    kept = rows[best.values > _WON_BY_PATCH]
+    if not len(kept):
+        return
+    if evidence.covers is None:
+        evidence.covers = covers.new_zeros((len(evidence.bank), *covers.shape[1:]))
+    evidence.covers = torch.cat([evidence.covers, covers[kept]])
+    evidence.bank = torch.cat([evidence.bank, bank[kept]])
+    evidence.classes = torch.cat([evidence.classes, wanted[kept]])
+    evidence.suspects = torch.cat([evidence.suspects, evidence.suspects.new_ones(len(kept))])
 
 
 @torch.no_grad()
