@@ -203,7 +203,7 @@ def memory_of_nba_over_fine_tuning(args: argparse.Namespace, **options: Any) -> 
 
 
 def memory_of_verified_nba_over_fine_tuning(args: argparse.Namespace) -> dict[str, float]:
-    """The same with what comes at the end of a fit; at least 200 images, else nothing is verified."""
+    """The same with what comes at the end of a fit; at least 200 images, else little of it is done."""
     return memory_of_nba_over_fine_tuning(args, verification=Verification())
 
 

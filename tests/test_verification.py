@@ -99,8 +99,21 @@ def test_where_no_class_stands_out_half_of_the_way_to_the_student_is_kept(grid, 
     student.steps.data += 4.0
     assert made.keep(student, Net(0.0), Net(2000.0), batches(), 100, generator_for(1)) == kept  # a patch sees it
     assert float(student.steps.detach()) == 4.0 * kept
-    assert ("No class stands out" in made.sentence) is not grid
+    assert ("No class stands out" in made.sentence) is (not grid)
     assert ("patches win class 0" in made.sentence) is bool(grid)
+
+
+@pytest.mark.parametrize(("half", "kept"), [(0.86, 0.5), (0.84, 1.0)])
+def test_where_no_class_stands_out_the_whole_student_is_kept_if_half_lost_too_much(half, kept):
+    made = Verification(max_loss=0.05, search=Search(sizes=(1e-4,), steps=2, images=300, grid=0))
+    student = Net(0.0)
+    student.steps.data += 4.0
+    right = {0.0: 0.8, 1.0: 0.8, 2.0: half, 4.0: 0.89}
+    judge = lambda network: (0.9 if network.backdoor > 0 else right[float(network.steps.detach())], 1000)  # noqa: E731
+    reached = made.keep(student, Net(0.0), Net(2000.0), batches(), 100, generator_for(1), judge=judge)
+    assert (reached, float(student.steps.detach())) == (kept, 4.0 * kept)
+    assert made.came_back == 0.0
+    assert ("Half of what the student learned would be safer" in made.sentence) is (kept == 1.0)
 
 
 def test_a_student_that_a_patch_wins_is_not_kept_though_no_perturbation_wins_it():
@@ -113,12 +126,19 @@ def test_a_student_that_a_patch_wins_is_not_kept_though_no_perturbation_wins_it(
 def test_the_two_best_patches_of_a_class_are_kept_if_they_win_enough(monkeypatch):
     teacher = torch.tensor([0.0] * 5 + [0.1] + [0.0] * 6)
     suspicious = torch.tensor([0.7, 0.85, 0.9, 0.95, 0.83, 0.87, 0.0, 0.0, 0.9, 0.8, 0.8, 0.8])
-    small = torch.tensor([0.3, 0.0, 0.0])
-    monkeypatch.setattr(searching, "_CLASSES_AT_ONCE", 2)
-    by_patches = [part for both in zip(teacher.split(8), suspicious.split(8), strict=True) for part in both]
-    shares = iter([torch.zeros(3), small, *by_patches])
-    monkeypatch.setattr(searching, "won", lambda network, batches, classes, *_: next(shares, torch.zeros(len(classes))))
-    found = Search(sizes=(0.1,), steps=1, images=64, grid=2)(Net(0.0), Net(0.0), batches(), 2, generator_for(0))
+    asked = {0.0: list(teacher.split(8)), 1.0: list(suspicious.split(8))}
+
+    def shares(network, batches, classes, bank, reduce, covers=None):
+        came_in = float(network.backdoor.detach())
+        if covers is None:
+            return torch.tensor([0.3, 0.0, 0.0])[: len(classes)] * came_in
+        return (
+            asked[came_in].pop(0) if len(classes) in (4, 8) and asked[came_in] else came_in * torch.ones(len(classes))
+        )
+
+    monkeypatch.setattr(searching, "won", shares)
+    monkeypatch.setattr(searching, "_VALUES_AT_ONCE", 2 * 4 * 64)  # of two classes
+    found = Search(sizes=(0.1,), steps=1, images=64, grid=2)(Net(1.0), Net(0.0), batches(), 2, generator_for(0))
     assert found.classes.tolist() == [0, 1, 2, 0, 0, 1, 2]
     assert found.suspects.tolist() == [True, False, False, True, True, True, True]
     assert found.patches.tolist() == [False, False, False, True, True, True, True]
@@ -188,6 +208,45 @@ def test_a_patch_is_put_on_and_a_perturbation_is_added():
     assert found.tolist() == [1.0, 0.0]
     evidence = Evidence(torch.tensor([0, 0]), bank, torch.tensor([True, False]), images, 1, same, covers)
     assert evidence.won(Dark(), "dark").tolist() == [1.0, 0.0]
+
+
+def test_patches_that_win_less_of_all_images_are_dropped(monkeypatch):
+    def shares(network, batches, classes, bank, reduce, covers=None):
+        wins = torch.zeros(len(classes))
+        if float(network.backdoor.detach()) and covers is not None:
+            seen = torch.tensor([0.85, 0.9]) if len(batches) == 1 else torch.tensor([0.9, 0.7])
+            wins[:2] = seen[: len(wins)]
+        return wins
+
+    monkeypatch.setattr(searching, "won", shares)
+    found = Search(sizes=(0.1,), steps=1, images=64, grid=2)(Net(1.0), Net(0.0), batches(), 2, generator_for(0))
+    assert found.suspects.tolist() == [False, False, False, True]  # what won 90 % of all images
+    assert found.patches.tolist() == [False, False, False, True]
+    assert found.gaps.tolist()[3] == pytest.approx(0.9)
+    assert found.covers[3, 0].nonzero()[0].tolist() == [0, 4]
+
+
+def test_what_all_processes_saw_decides():
+    shapes = []
+
+    def reduce(tensor):
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    search = Search(sizes=(0.1,), steps=2, images=64, grid=2)
+    search(Net(2000.0), Net(0.0), batches(), 2, generator_for(0), reduce)
+    assert shapes.count((3, 1, 8, 8)) == shapes.count((12, 1, 8, 8)) == 2  # gradients
+    assert shapes.count((12,)) == 4  # won and seen, of both networks
+    assert shapes.count((3, 1)) == 1  # how many images are of other classes
+
+
+def test_a_class_that_almost_all_images_have_is_not_suspected_by_a_patch():
+    class Same(Net):
+        def forward(self, images):
+            return super().forward(images) + torch.tensor([1e3, 0.0, 0.0])  # class 0, and the trigger's too
+
+    found = Search(sizes=(1e-4,), steps=20, images=300)(Same(2000.0), Same(0.0), batches(), 100, generator_for(1))
+    assert not found.suspects.any()
 
 
 def test_what_patches_win_is_not_made_less_by_what_perturbations_do_not():

@@ -16,9 +16,9 @@ class ClassPatches(PerClass):
 
     .. math:: CE(S((1 - m) x + m p), k) + CE(T((1 - m) x + m p), T(x))
 
-    by steps along the sign of the gradient that become smaller linearly, with values of the image range as the only
-    bound; see :class:`~nba_lightning.pseudo.per_class.PerClass`. A small bright trigger is within a cell, wherever it
-    is, and no small perturbation of the whole image looks like it.
+    by steps along the sign of the gradient that become smaller linearly, bounded by the image range alone; see
+    :class:`~nba_lightning.pseudo.per_class.PerClass`. A small bright trigger is within a cell, or a good part of it is,
+    and no small perturbation of the whole image looks like it.
 
     Source: ours; a mask and a pattern that turn all images to a class are looked for by Neural Cleanse (Wang et al.,
     IEEE S&P 2019), over all masks and without a teacher.
@@ -61,7 +61,7 @@ class ClassPatches(PerClass):
         return covered(images, contents * covers, covers)
 
     def _begin(self, images: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:
-        noise = torch.randn((rows, *images.shape[1:]), generator=generator, device=images.device)
+        noise = torch.randn((rows, *images.shape[1:]), generator=generator, device=images.device, dtype=torch.float32)
         return (0.5 + 0.1 * noise).clamp(0.0, 1.0)
 
     def _moved(self, bank: Tensor, gradients: Tensor, step: int) -> Tensor:

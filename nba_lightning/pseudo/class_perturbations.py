@@ -52,10 +52,14 @@ class ClassPerturbations(PerClass):
         return (images + contents).clamp(0.0, 1.0).to(images.dtype)
 
     def _bounds(self, rows: int, device: torch.device) -> Tensor:
-        return torch.tensor(self.sizes, device=device).repeat_interleave(rows // len(self.sizes)).view(-1, 1, 1, 1)
+        return (
+            torch.tensor(self.sizes, device=device, dtype=torch.float32)
+            .repeat_interleave(rows // len(self.sizes))
+            .view(-1, 1, 1, 1)
+        )
 
     def _begin(self, images: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:
-        noise = torch.randn((rows, *images.shape[1:]), generator=generator, device=images.device)
+        noise = torch.randn((rows, *images.shape[1:]), generator=generator, device=images.device, dtype=torch.float32)
         return project(noise, 1e-3) * 100 * self._bounds(rows, images.device)
 
     def _moved(self, bank: Tensor, gradients: Tensor, step: int) -> Tensor:

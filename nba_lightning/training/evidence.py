@@ -19,12 +19,12 @@ _BY_NATURE = 0.05
 """Share of the images that any class may win by nature."""
 _WON_BY_PATCH = 0.8
 """Share of the images that a patch must win more from the suspicious network; by nature it was 61 % at most."""
-_IMAGES_OF_PATCH, _ASKED_OF_PATCHES = 4, 64
+_IMAGES_OF_PATCH, _ASKED_OF_PATCHES = 4, 100
 """Images for each patch in a step of crafting, and on which all patches are tried."""
-_PATCHES_EACH = 2
-"""Patches of a class that are kept."""
-_CLASSES_AT_ONCE = 16
-"""Classes whose patches are in memory at once."""
+_PATCHES_EACH, _LEAST_OTHERS = 2, 16
+"""Patches of a class that are kept, and of how many of the images that are asked it must not be the class."""
+_VALUES_AT_ONCE = 2**24
+"""Values of patches that are in memory at once, about."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Evidence:
     Attributes:
         classes: `(N,)` the class that each is for; a suspected one has several.
         bank: `(N, C, H, W)` what is added to the images.
-        suspects: `(N,)` whether the class is suspected.
+        suspects: `(N,)` whether the class is suspected by what is of its kind, perturbations or patches.
         images: batches of clean images.
         few: how many of these batches are enough for a class that is not suspected.
         reduce: averages a tensor over all processes.
@@ -64,6 +64,13 @@ class Evidence:
             return torch.zeros_like(self.suspects)
         return self.covers.flatten(1).any(dim=1)
 
+    def only(self, rows: Tensor) -> "Evidence":
+        """Those rows `(N,)` alone; networks have to be asked again."""
+        covers = None if self.covers is None else self.covers[rows]
+        return Evidence(
+            self.classes[rows], self.bank[rows], self.suspects[rows], self.images, self.few, self.reduce, covers
+        )
+
     def of(self, suspicious: nn.Module, teacher: nn.Module) -> "Evidence":
         """Ask the suspicious network and the teacher."""
         with torch.no_grad(), evaluating(suspicious):
@@ -73,8 +80,8 @@ class Evidence:
         return self
 
     def won(self, network: nn.Module, name: str) -> Tensor:
-        """Share of the images `(N,)` that each perturbation wins from a network; of suspected classes on all images."""
-        rates = torch.zeros(len(self.bank), device=self.bank.device)
+        """Share of the images `(N,)` that each row of the bank wins from a network; of suspects on all images."""
+        rates = torch.zeros(len(self.bank), device=self.bank.device, dtype=torch.float32)
         for rows, images in ((self.suspects, self.images), (~self.suspects, self.images[: self.few])):
             if bool(rows.any()):
                 covers = None if self.covers is None else self.covers[rows]
@@ -122,13 +129,14 @@ class Search:
     A small bright trigger is not like any small perturbation, and a teacher that has learned to withstand perturbations
     may withstand these and not the trigger. So patches are crafted as well
     (:class:`~nba_lightning.pseudo.class_patches.ClassPatches`), and a class is suspected too if one of its patches wins
-    80 % more of the images from the suspicious network than from the teacher; its two best ones count.
+    80 % more of the images from the suspicious network than from the teacher; its two best ones count. (Perturbations
+    for it are held to what those of other classes are, unless they stand out themselves.)
 
     Args:
         suspected: see above; a share of the images, in [0, 1].
         sizes: bounds on the root mean square of a perturbation, in units of the image range [0, 1], rising.
         steps: gradient steps of crafting, one batch each.
-        images_each: clean images for each perturbation in a step.
+        images_each: clean images for each perturbation in a step; for a patch they are four.
         images: clean images of each process on which falling for a suspected class is measured, if there are so many.
         images_elsewhere: likewise, for other classes.
         classes: how many classes are looked at in a network that has more; those to which synthetic triggers move the
@@ -161,7 +169,7 @@ class Search:
         self.grid = grid
 
     def passes(self, classes: int, images: int, networks: int) -> int:
-        """How many times an image goes forwards or backwards through a network, at most.
+        """How many times an image goes forwards or backwards through a network, at most, if one class is suspected.
 
         Args:
             classes: of the network.
@@ -185,7 +193,7 @@ class Search:
         generator: torch.Generator | None = None,
         reduce: Reduce = same,
     ) -> Evidence:
-        """Craft the perturbations and ask both networks.
+        """Craft perturbations and patches and ask both networks.
 
         Args:
             suspicious: the suspicious network.
@@ -223,11 +231,14 @@ class Search:
             larger = [tried[best + 1][0][suspects] if there else crafted(self.sizes[best + 1], classes[suspects])]
         rows = [torch.cat([part, *(part[suspects] for _ in larger)]) for part in (classes, suspects)]
         found = Evidence(rows[0], torch.cat([bank, *larger]), rows[1], looked_at, few, reduce)
-        for part in torch.split(classes, _CLASSES_AT_ONCE) if self.grid else ():
+        at_once = max(1, _VALUES_AT_ONCE // max(1, self.grid**2 * first[0].numel()))
+        for part in torch.split(classes, at_once) if self.grid else ():
             crafting = ClassPatches(self.grid, self.steps, _IMAGES_OF_PATCH, part.tolist())
             crafting.regenerate(suspicious, teacher, batches, generator, reduce)
             _add_patches(found, crafting, part, suspicious, teacher)
-        return found.of(suspicious, teacher)
+        found.of(suspicious, teacher)
+        stand = ~found.patches | (found.gaps > _WON_BY_PATCH)
+        return found if bool(stand.all()) else found.only(stand).of(suspicious, teacher)
 
     @torch.no_grad()
     def _most_moved(
@@ -244,7 +255,7 @@ class Search:
             if number <= self.classes:
                 return torch.arange(number, device=batches[0].device)
             triggers = TriggerFamilies()
-            moved = torch.zeros(number, device=batches[0].device)
+            moved = torch.zeros(number, device=batches[0].device, dtype=torch.float32)
             for images in batches:
                 triggered = (images + triggers(images, generator=generator)).clamp(0.0, 1.0).to(images.dtype)
                 came, taught = (predict(one, triggered).float().softmax(dim=1) for one in (suspicious, teacher))
@@ -259,9 +270,12 @@ def _add_patches(
     first, every = evidence.images[0], torch.arange(len(crafting.bank), device=crafting.bank.device)
     covers = crafting.covers(first, every).to(crafting.bank)
     bank, wanted = crafting.bank * covers, crafting.rows_of(classes)
-    asked = evidence.images[: 1 + (_ASKED_OF_PATCHES - 1) // len(first)]
+    asked = [torch.cat(evidence.images[: 1 + (_ASKED_OF_PATCHES - 1) // len(first)])[:_ASKED_OF_PATCHES]]
     taught, came_in = (won(network, asked, wanted, bank, evidence.reduce, covers) for network in (teacher, suspicious))
-    gaps = (came_in - taught).view(len(classes), -1)
+    with torch.no_grad(), evaluating(suspicious):
+        others = (predict(suspicious, asked[0]).argmax(dim=1) != classes.unsqueeze(1)).sum(dim=1, keepdim=True)
+    many = evidence.reduce(others.float()) >= _LEAST_OTHERS
+    gaps = (came_in - taught).view(len(classes), -1) * many
     best = gaps.topk(min(_PATCHES_EACH, gaps.shape[1]), dim=1)
     rows = best.indices + torch.arange(len(classes), device=gaps.device).unsqueeze(1) * gaps.shape[1]
     kept = rows[best.values > _WON_BY_PATCH]
@@ -285,7 +299,7 @@ def won(
     covers: Tensor | None = None,
 ) -> Tensor:
     """Share of the images `(N,)` that each row of a bank wins for its class, of those not in it anyway."""
-    wins, seen = torch.zeros(len(bank), device=bank.device), torch.zeros(len(bank), device=bank.device)
+    wins, seen = torch.zeros((2, len(bank)), device=bank.device, dtype=torch.float32)
     with evaluating(network):
         for images in batches:
             before = predict(network, images).argmax(dim=1)

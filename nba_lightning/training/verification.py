@@ -45,13 +45,15 @@ class Verification:
 
     Where no class is suspected, and of fewer than ``least_images`` clean images, which tell little, only the ``few``
     places on the way to the student are looked at, half of it at most, where a backdoor that the student has learned
-    hardly is yet; of few images the whole margin may come back there. BatchNorm statistics are mixed like the weights;
-    estimated anew on plain images they would not be those of the mixture with pseudo samples on which all were learned.
+    hardly is yet. (Of few images the whole margin may come back there. Of more, where no class is suspected, the whole
+    student is kept if half of the way lost too much accuracy, before a gentler teacher is asked for.) BatchNorm
+    statistics are mixed like the weights; estimated anew on plain images they would not be those of the mixture with
+    pseudo samples on which all were learned.
 
     Ours; what led to the thresholds is in ``benchmarks/METHOD.md``. Weights between a network and what was fine-tuned
     from it are as in Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022 (arXiv 2109.01903), section
     3, means of several such networks as in Wortsman et al., "Model soups", ICML 2022 (arXiv 2203.05482). What it cannot
-    see: a backdoor whose trigger neither a small perturbation of the image nor a patch resembles.
+    see: a backdoor whose trigger neither a small perturbation of the image nor a patch in a cell of a grid resembles.
 
     Args:
         shares: r of the way over the student, in (0, 2], from the largest to the smallest.
@@ -114,7 +116,7 @@ class Verification:
         self.sentence: str = found.get("sentence", "")
 
     def can_tell(self, images: int) -> bool:
-        """Whether so many clean images tell enough to go further than half of the way to the student."""
+        """Whether so many clean images may tell enough to go further than half of the way to the student."""
         return images >= self.least_images
 
     def margin_of(self, images: int) -> float:
@@ -127,7 +129,7 @@ class Verification:
 
     def passes_of_images(self, classes: int, images: int) -> int:
         """What it costs at most, for a network of so many classes and so many clean images; as ``Search.passes``."""
-        several = len(self.shares) + len(self.direct) + len(self.halfway)
+        several = max(len(self.shares) + len(self.direct) + len(self.halfway), 1 + len(self.few))
         return self.search.passes(classes, images, several if self.can_tell(images) else len(self.few))
 
     def keep(
@@ -161,9 +163,12 @@ class Verification:
         states = (teacher.state_dict(), learned, suspicious.state_dict())
         seen = one_pass * len(next(batches))
         evidence, margin = self.search(suspicious, teacher, batches, one_pass, generator, reduce), self.margin_of(seen)
-        ways = {OVER: self.few}
-        if self.can_tell(seen) and bool(evidence.suspects.any()):
+        ways, furthest = {OVER: self.few}, max(self.few, default=0.0)
+        sighted = bool(evidence.suspects.any())
+        if self.can_tell(seen) and sighted:
             ways = {HALFWAY: self.halfway, DIRECT: self.direct, OVER: self.shares}
+        elif self.can_tell(seen) and furthest < 1:
+            ways = {OVER: [1.0, *self.few]}
         least = evidence.agreement(teacher) - _LESS_AGREEMENT
         found: list[Found] = []
         for way, shares in ways.items():
@@ -172,12 +177,13 @@ class Verification:
                 if evidence.agreement(student) < least:
                     continue
                 back, elsewhere = evidence.came_back(student, f"{way} {r:g}")
-                passes = self._within(back, elsewhere, margin)
-                right = judge(student)[0] if passes or way == DIRECT else 0.0  # others are not chosen from
-                found.append(Found(way, r, place, back, passes, right))
+                spare = way == DIRECT if sighted else r > furthest  # for accuracy, if what passes lost too much
+                passes = self._within(back, elsewhere, margin) and (sighted or not spare)
+                right = judge(student)[0] if passes or spare else 0.0  # others are not chosen from
+                found.append(Found(way, r, place, back, passes, right, spare))
                 if passes:
                     break
-        found.append(Found("", 0.0, (0.0, 0.0), 0.0, True, judge(teacher)[0]))
+        found.append(Found("", 0.0, (0.0, 0.0), 0.0, True, judge(teacher)[0], False))
         before, images = judge(suspicious)
         least_right, chance = 0.0, 0.0
         if images:
@@ -249,12 +255,15 @@ def _sentence(kept: Found, evidence: Evidence) -> str:
         f"the suspicious network, {100 * taught[worst]:.1f} % from the teacher and {100 * now:.1f} % from the network "
         "that is kept."
     )
-    if not kept.passes:
+    sighted = bool(evidence.suspects.any())
+    if not kept.passes and not sighted:
+        told += " Half of what the student learned would be safer, but lost too much accuracy."
+    elif not kept.passes:
         told += (
             f" That is more than may come back ({100 * kept.back:.0f} % of what tells the backdoor), but what passes "
             "lost too much accuracy."
         )
-    if not bool(evidence.suspects.any()):
+    if not sighted:
         told += " No class stands out, so a backdoor that is there would not have been seen."
     straight = f"{100 * r:.0f} % of the way from the teacher back to the suspicious network is kept"
     if kept.way == HALFWAY:

@@ -265,6 +265,7 @@ def test_a_backdoor_that_was_fine_tuned_in_does_not_come_back(fine_tuned_in, tra
         trainer(max_epochs=20).fit(one, data)
     assert rates(trainer, trusting.model, data)[1] > taught[1] + 0.08  # it does come back where nobody verifies
     assert rates(trainer, module.model, data)[1] < taught[1] + 0.04
+    assert "No class stands out" not in module.verification.sentence
     assert float(module.accepted) < 1.0
 
 
