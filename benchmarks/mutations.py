@@ -186,7 +186,6 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("verification: few images are enough", "training/verification.py", "if self.can_tell(seen) and sighted:", "if sighted:", "verification"),
     ("verification: what is kept gives back most", "training/choice.py", "return min(enough, key", "return max(enough, key", "verification"),
     ("verification: any amount may come back", "training/choice.py", "one.right >= least_right and one.back <= most]", "one.right >= least_right]", "verification"),
-    ("verification: a student may give way too", "training/choice.py", "if one.spare and one.right", "if one.right", "verification"),
     ("verification: nothing is ever too much", "training/choice.py", "if best.right < least_right:", "if False:", "verification"),
     ("verification: half way whatever it costs", "training/choice.py", "one.way == HALFWAY and one.right >= least)", "one.way == HALFWAY)", "verification"),
     ("verification: chance decides between ways", "training/choice.py", "best.right - chance, least_right)", "best.right, least_right)", "verification"),

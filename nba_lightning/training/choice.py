@@ -16,8 +16,7 @@ class Found:
         place: where it lies.
         back: share of the gap of suspected classes that it gives back.
         passes: whether that, and what other classes win, is within the margins.
-        right: its accuracy on held-out images; 0 where there are none.
-        spare: whether it may be kept for accuracy's sake, if what passes lost too much.
+        right: its accuracy on held-out images; 0 where there are none, and if it may not be kept.
     """
 
     way: str
@@ -26,15 +25,14 @@ class Found:
     back: float
     passes: bool
     right: float
-    spare: bool
 
 
 def choose(found: Sequence[Found], least_right: float, chance: float, most: float) -> Found:
     """The one that is kept.
 
     Of those that pass the mean of student and straight way, unless it is right on fewer images than the teacher, or
-    than another by more than chance; then the one that is right on most. If that lost too much, the spare one that lost
-    less and gives back least.
+    than another by more than chance; then the one that is right on most. If that lost too much, the one that lost less
+    and gives back least, which does not pass.
 
     Args:
         found: networks on the ways, and the teacher, which passes, as the last.
@@ -45,7 +43,7 @@ def choose(found: Sequence[Found], least_right: float, chance: float, most: floa
     passing = [one for one in found if one.passes]
     best = max(passing, key=lambda one: one.right)
     if best.right < least_right:
-        enough = [one for one in found if one.spare and one.right >= least_right and one.back <= most]
+        enough = [one for one in found if one.right >= least_right and one.back <= most]
         return min(enough, key=lambda one: one.back, default=best)
     least = max(found[-1].right, best.right - chance, least_right)
     return next((one for one in passing if one.way == HALFWAY and one.right >= least), best)

@@ -179,11 +179,11 @@ class Verification:
                 back, elsewhere = evidence.came_back(student, f"{way} {r:g}")
                 spare = way == DIRECT if sighted else r > furthest  # for accuracy, if what passes lost too much
                 passes = self._within(back, elsewhere, margin) and (sighted or not spare)
-                right = judge(student)[0] if passes or spare else 0.0  # others are not chosen from
-                found.append(Found(way, r, place, back, passes, right, spare))
+                right = judge(student)[0] if passes or spare else 0.0  # others may not be kept
+                found.append(Found(way, r, place, back, passes, right))
                 if passes:
                     break
-        found.append(Found("", 0.0, (0.0, 0.0), 0.0, True, judge(teacher)[0], False))
+        found.append(Found("", 0.0, (0.0, 0.0), 0.0, True, judge(teacher)[0]))
         before, images = judge(suspicious)
         least_right, chance = 0.0, 0.0
         if images:
