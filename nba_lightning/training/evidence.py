@@ -1,7 +1,7 @@
 """What a suspicious network falls for and its teacher withstands: evidence of a backdoor, without a trigger."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
@@ -13,7 +13,7 @@ from nba_lightning.core.modes import evaluating
 from nba_lightning.pseudo.base import Reduce, same
 from nba_lightning.pseudo.class_patches import ClassPatches, covered
 from nba_lightning.pseudo.class_perturbations import ClassPerturbations
-from nba_lightning.pseudo.trigger_families import TriggerFamilies
+from nba_lightning.training.moved import most_moved
 
 _BY_NATURE = 0.05
 """Share of the images that any class may win by nature."""
@@ -67,9 +67,8 @@ class Evidence:
     def only(self, rows: Tensor) -> "Evidence":
         """Those rows `(N,)` alone; networks have to be asked again."""
         covers = None if self.covers is None else self.covers[rows]
-        return Evidence(
-            self.classes[rows], self.bank[rows], self.suspects[rows], self.images, self.few, self.reduce, covers
-        )
+        kept = {name: getattr(self, name)[rows] for name in ("classes", "bank", "suspects")}
+        return replace(self, covers=covers, rates={}, **kept)
 
     def of(self, suspicious: nn.Module, teacher: nn.Module) -> "Evidence":
         """Ask the suspicious network and the teacher."""
@@ -179,9 +178,8 @@ class Search:
         looked_at = min(classes, self.classes)
         crafting = 5 * self.steps * self.images_each * looked_at  # the teacher once, then both there and back
         asking = (looked_at + 2) * min(self.images_elsewhere, images)
-        kept = 4 + (_PATCHES_EACH if self.grid else 0)  # of one suspected class, and what is asked of clean images
         patches = self.grid**2 * looked_at * (5 * self.steps * _IMAGES_OF_PATCH + 2 * _ASKED_OF_PATCHES)
-        asked = (networks + 2) * (asking + kept * min(self.images, images))
+        asked = (networks + 2) * (asking + (4 + _PATCHES_EACH * bool(self.grid)) * min(self.images, images))
         return len(self.sizes) * (crafting + 2 * asking) + patches + asked
 
     def __call__(
@@ -206,7 +204,7 @@ class Search:
         first = next(batches)
         looked_at = [first, *islice(batches, min(one_pass - 1, (self.images - 1) // len(first)))]
         few = 1 + (self.images_elsewhere - 1) // len(first)
-        classes = self._most_moved(suspicious, teacher, looked_at[:few], generator, reduce)
+        classes = most_moved(suspicious, teacher, looked_at[:few], self.classes, generator, reduce)
 
         def crafted(size: float, wanted: Tensor) -> Tensor:
             crafting = ClassPerturbations((size,), self.steps, self.images_each, wanted.tolist())
@@ -240,28 +238,6 @@ class Search:
         stand = ~found.patches | (found.gaps > _WON_BY_PATCH)
         return found if bool(stand.all()) else found.only(stand).of(suspicious, teacher)
 
-    @torch.no_grad()
-    def _most_moved(
-        self,
-        suspicious: nn.Module,
-        teacher: nn.Module,
-        batches: Sequence[Tensor],
-        generator: torch.Generator | None,
-        reduce: Reduce,
-    ) -> Tensor:
-        """All classes, or of many the ones to which synthetic triggers move the suspicious network most."""
-        with evaluating(suspicious, teacher):
-            number = predict(suspicious, batches[0][:1]).shape[1]
-            if number <= self.classes:
-                return torch.arange(number, device=batches[0].device)
-            triggers = TriggerFamilies()
-            moved = torch.zeros(number, device=batches[0].device, dtype=torch.float32)
-            for images in batches:
-                triggered = (images + triggers(images, generator=generator)).clamp(0.0, 1.0).to(images.dtype)
-                came, taught = (predict(one, triggered).float().softmax(dim=1) for one in (suspicious, teacher))
-                moved += (came - taught).mean(dim=0)
-        return reduce(moved).topk(self.classes).indices.sort().values
-
 
 def _add_patches(
     evidence: Evidence, crafting: ClassPatches, classes: Tensor, suspicious: nn.Module, teacher: nn.Module
@@ -274,13 +250,10 @@ def _add_patches(
     taught, came_in = (won(network, asked, wanted, bank, evidence.reduce, covers) for network in (teacher, suspicious))
     with torch.no_grad(), evaluating(suspicious):
         others = (predict(suspicious, asked[0]).argmax(dim=1) != classes.unsqueeze(1)).sum(dim=1, keepdim=True)
-    many = evidence.reduce(others.float()) >= _LEAST_OTHERS
-    gaps = (came_in - taught).view(len(classes), -1) * many
+    gaps = (came_in - taught).view(len(classes), -1) * (evidence.reduce(others.float()) >= _LEAST_OTHERS)
     best = gaps.topk(min(_PATCHES_EACH, gaps.shape[1]), dim=1)
     rows = best.indices + torch.arange(len(classes), device=gaps.device).unsqueeze(1) * gaps.shape[1]
     kept = rows[best.values > _WON_BY_PATCH]
-    if not len(kept):
-        return
     if evidence.covers is None:
         evidence.covers = covers.new_zeros((len(evidence.bank), *covers.shape[1:]))
     evidence.covers = torch.cat([evidence.covers, covers[kept]])
