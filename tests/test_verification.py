@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from nba_lightning.core.randomness import generator_for
+from nba_lightning.pseudo import ClassPatches, ClassPerturbations
 from nba_lightning.pseudo.base import same
 from nba_lightning.training import evidence as searching
 from nba_lightning.training.evidence import Evidence, Search
@@ -251,6 +252,26 @@ def test_a_class_that_almost_all_images_have_is_not_suspected_by_a_patch(monkeyp
     monkeypatch.setattr(searching, "won", shares)
     found = Search(sizes=(0.1,), steps=1, images=64, grid=2)(Same(1.0), Same(0.0), batches(), 2, generator_for(0))
     assert found.classes[found.patches].tolist() == [1]
+
+
+def test_images_are_counted_in_whole_under_half_precision():
+    class Bright(nn.Module):
+        def forward(self, images):
+            bright = images.mean(dim=(1, 2, 3)) - 0.5
+            return torch.stack([bright, -bright], dim=1)
+
+    images = torch.full((1000, 1, 2, 2), 0.3)
+    images[::10] = 0.1
+    torch.set_default_dtype(torch.bfloat16)  # as a fit in `bf16-true` has it
+    try:
+        found = searching.won(Bright(), images.split(7), torch.tensor([0]), torch.full((1, 1, 2, 2), 0.3))
+        banks = [made(steps=0) for made in (ClassPatches, ClassPerturbations)]
+        for one in banks:
+            one.regenerate(Bright(), Bright(), [images], generator_for(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert float(found) == pytest.approx(0.9)
+    assert [one.bank.dtype for one in banks] == [torch.float32] * 2
 
 
 def test_what_patches_win_is_not_made_less_by_what_perturbations_do_not():
