@@ -202,7 +202,7 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("evidence: patches and perturbations are one mean", "training/evidence.py", "(self.classes == number) & (patches == kind)]", "(self.classes == number)]", "verification"),
     ("evidence: patches of other classes are kept", "training/evidence.py", "kept = rows[best.values > _WON_BY_PATCH]", "kept = rows[best.values > -1]", "verification"),
     ("evidence: patches of the first class", "training/evidence.py", "rows = best.indices + torch.arange(", "rows = best.indices + 0 * torch.arange(", "verification"),
-    ("evidence: patches that win less of all images stay", "training/evidence.py", "return found if bool(stand.all()) else", "return found if True else", "verification"),
+    ("evidence: patches that win less of all images stay", "training/evidence.py", "return found.only(~found.patches | (found.gaps > _WON_BY_PATCH))", "return found", "verification"),
     ("evidence: three images speak for a class", "training/evidence.py", "-1) * (evidence.reduce(others.float()) >= _LEAST_OTHERS)", "-1)", "verification"),
     ("evidence: patches by what one process saw", "training/evidence.py", "won(network, asked, wanted, bank, evidence.reduce, covers)", "won(network, asked, wanted, bank, same, covers)", "verification"),
     ("verification: the blind take no whole student", "training/verification.py", "else r > furthest", "else False", "verification"),

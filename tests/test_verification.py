@@ -224,6 +224,8 @@ def test_patches_that_win_less_of_all_images_are_dropped(monkeypatch):
     assert found.suspects.tolist() == [False, False, False, True]  # what won 90 % of all images
     assert found.patches.tolist() == [False, False, False, True]
     assert found.gaps.tolist()[3] == pytest.approx(0.9)
+    assert [len(shares) for shares in found.rates.values()] == [4, 4]
+    assert found.rates["suspicious"][3] == pytest.approx(0.9)
     assert found.covers[3, 0].nonzero()[0].tolist() == [0, 4]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import compress, islice
 
 import torch
 from torch import Tensor, nn
@@ -65,10 +65,11 @@ class Evidence:
         return self.covers.flatten(1).any(dim=1)
 
     def only(self, rows: Tensor) -> "Evidence":
-        """Those rows `(N,)` alone; networks have to be asked again."""
+        """Those rows `(N,)` alone, with what networks said to them."""
+        kept = {name: getattr(self, name)[rows] for name in ("classes", "bank", "suspects", "taught", "gaps")}
         covers = None if self.covers is None else self.covers[rows]
-        kept = {name: getattr(self, name)[rows] for name in ("classes", "bank", "suspects")}
-        return replace(self, covers=covers, rates={}, **kept)
+        rates = {name: list(compress(shares, rows.tolist())) for name, shares in self.rates.items()}
+        return replace(self, covers=covers, rates=rates, **kept)
 
     def of(self, suspicious: nn.Module, teacher: nn.Module) -> "Evidence":
         """Ask the suspicious network and the teacher."""
@@ -235,8 +236,7 @@ class Search:
             crafting.regenerate(suspicious, teacher, batches, generator, reduce)
             _add_patches(found, crafting, part, suspicious, teacher)
         found.of(suspicious, teacher)
-        stand = ~found.patches | (found.gaps > _WON_BY_PATCH)
-        return found if bool(stand.all()) else found.only(stand).of(suspicious, teacher)
+        return found.only(~found.patches | (found.gaps > _WON_BY_PATCH))
 
 
 def _add_patches(
