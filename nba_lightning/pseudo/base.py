@@ -121,6 +121,38 @@ class PseudoSamples(nn.Module, ABC):
             return torch.autograd.grad(total, leaf)[0].float()
 
 
+class Banked(PseudoSamples):
+    """Base class of pseudo samples that are kept in a bank `(N, C, H, W)` from epoch to epoch.
+
+    The bank travels in checkpoints and is the same on all processes. It is no buffer: its shape is known with the first
+    images only, and callbacks that copy or average a module at the start of a fit rely on shapes that stay.
+    """
+
+    def __init__(self, rms: float, steps: int, disagreement: Disagreement | None = None) -> None:
+        super().__init__(rms, steps, disagreement)
+        self.bank = torch.empty(0)
+
+    def drawn(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A row of the bank for each image `(B,)`, at random; an error if there is no bank yet."""
+        if self.bank.numel() == 0:
+            raise RuntimeError("Call `regenerate` (or add PseudoSampleRegeneration to the callbacks) before sampling.")
+        return torch.randint(len(self.bank), (len(images),), generator=generator, device=images.device)
+
+    def get_extra_state(self) -> Tensor:
+        """The bank, for checkpoints."""
+        return self.bank
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take a bank over."""
+        self.bank = state
+
+
+def noise_for(images: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise `(rows, C, H, W)` of the images' shape and on their device, float32."""
+    shape = (rows, *images.shape[1:])
+    return torch.randn(shape, generator=generator, device=images.device, dtype=torch.float32)
+
+
 def project(perturbations: Tensor, rms: float) -> Tensor:
     """Scale perturbations `(K, C, H, W)` down to a root mean square of at most ``rms``; smaller ones stay."""
     size = perturbations.flatten(1).square().mean(dim=1).sqrt().clamp(min=1e-12)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nba_lightning.core.checks import check_at_least, check_range
+from nba_lightning.pseudo.base import noise_for
 from nba_lightning.pseudo.per_class import PerClass
 
 
@@ -61,8 +62,7 @@ class ClassPatches(PerClass):
         return covered(images, contents * covers, covers)
 
     def _begin(self, images: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:
-        noise = torch.randn((rows, *images.shape[1:]), generator=generator, device=images.device, dtype=torch.float32)
-        return (0.5 + 0.1 * noise).clamp(0.0, 1.0)
+        return (0.5 + 0.1 * noise_for(images, rows, generator)).clamp(0.0, 1.0)
 
     def _moved(self, bank: Tensor, gradients: Tensor, step: int) -> Tensor:
         return (bank - self.step_size * (1 - step / self.steps) * gradients.sign()).clamp(0.0, 1.0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nba_lightning.core.checks import check_range, expected
-from nba_lightning.pseudo.base import project
+from nba_lightning.pseudo.base import noise_for, project
 from nba_lightning.pseudo.per_class import PerClass
 
 
@@ -59,8 +59,7 @@ class ClassPerturbations(PerClass):
         )
 
     def _begin(self, images: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:
-        noise = torch.randn((rows, *images.shape[1:]), generator=generator, device=images.device, dtype=torch.float32)
-        return project(noise, 1e-3) * 100 * self._bounds(rows, images.device)
+        return project(noise_for(images, rows, generator), 1e-3) * 100 * self._bounds(rows, images.device)
 
     def _moved(self, bank: Tensor, gradients: Tensor, step: int) -> Tensor:
         bounds = self._bounds(len(bank), bank.device)

@@ -11,21 +11,20 @@ from nba_lightning.core.checks import check_at_least, expected
 from nba_lightning.core.features import predict
 from nba_lightning.core.functional import GRADIENT_SCALE
 from nba_lightning.core.modes import evaluating
-from nba_lightning.pseudo.base import KLDisagreement, PseudoSamples, Reduce, repeated, same
+from nba_lightning.pseudo.base import Banked, KLDisagreement, Reduce, repeated, same
 
 AT_ONCE = 64
 """Images that go through the networks at once, about; all at once they would need more memory than training does."""
 
 
-class PerClass(PseudoSamples):
+class PerClass(Banked):
     r"""Base class of what is crafted universally for each class k, by gradient.
 
     With z the clean images x as they are shown with it, it minimises
 
     .. math:: CE(S(z), k) + CE(T(z), T(x))
 
-    so that S falls for the class, and T goes on saying what it says of x. The bank is continued from epoch to epoch,
-    travels in checkpoints and is the same on all processes.
+    so that S falls for the class, and T goes on saying what it says of x.
 
     Args:
         rms: see :class:`PseudoSamples`.
@@ -43,7 +42,6 @@ class PerClass(PseudoSamples):
         if classes is not None and not len(classes):
             raise expected("classes", "at least one class, or None for all", list(classes))
         self.images_each, self.classes = images_each, classes
-        self.bank = torch.empty(0)
 
     @abstractmethod
     def rows_of(self, classes: Tensor) -> Tensor:
@@ -128,15 +126,5 @@ class PerClass(PseudoSamples):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """What one row of the bank, drawn at random for each image, changes in it."""
-        if self.bank.numel() == 0:
-            raise RuntimeError("Call `regenerate` (or add PseudoSampleRegeneration to the callbacks) before sampling.")
-        rows = torch.randint(len(self.bank), (len(images),), generator=generator, device=images.device)
+        rows = self.drawn(images, generator)
         return self.show(images, self.bank.to(images)[rows], rows) - images
-
-    def get_extra_state(self) -> Tensor:
-        """The bank, for checkpoints."""
-        return self.bank
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take a bank over."""
-        self.bank = state

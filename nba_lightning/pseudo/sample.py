@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from nba_lightning.core.modes import evaluating
-from nba_lightning.pseudo.base import Disagreement, PseudoSamples, project, step_size
+from nba_lightning.pseudo.base import Disagreement, PseudoSamples, noise_for, project, step_size
 
 
 class SamplePerturbations(PseudoSamples):
@@ -31,8 +31,7 @@ class SamplePerturbations(PseudoSamples):
         """Gradient steps from noise, both networks in ``eval`` mode."""
         if student is None or teacher is None:
             raise ValueError("Expected `student` and `teacher` to be networks for SamplePerturbations, but got None.")
-        noise = torch.randn(images.shape, generator=generator, device=images.device)
-        perturbations = project(noise, self.rms) * 0.1
+        perturbations = project(noise_for(images, len(images), generator), self.rms) * 0.1
         owner = torch.arange(len(images), device=images.device)
         with evaluating(student, teacher):
             for _ in range(self.steps):

@@ -7,14 +7,11 @@ from torch import Tensor, nn
 
 from nba_lightning.core.checks import check_at_least
 from nba_lightning.core.modes import evaluating
-from nba_lightning.pseudo.base import Disagreement, PseudoSamples, Reduce, project, repeated, same, step_size
+from nba_lightning.pseudo.base import Banked, Disagreement, Reduce, noise_for, project, repeated, same, step_size
 
 
-class UniversalPerturbations(PseudoSamples):
+class UniversalPerturbations(Banked):
     """A small bank of perturbations, each one for all images, as a trigger is. Continued from epoch to epoch.
-
-    The bank travels in checkpoints and is the same on all processes. It is no buffer: its shape is known with the first
-    images only, and callbacks that copy or average a module at the start of a fit rely on shapes that stay.
 
     Args:
         number: perturbations in the bank.
@@ -35,7 +32,6 @@ class UniversalPerturbations(PseudoSamples):
         super().__init__(rms, steps, disagreement)
         check_at_least("number", number, 1)
         self.number, self.restart = number, restart
-        self.bank = torch.empty(0)
 
     def regenerate(
         self,
@@ -63,9 +59,7 @@ class UniversalPerturbations(PseudoSamples):
         return 4 * self.steps * batch
 
     def _noise(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        shape = (self.number, *images.shape[1:])
-        noise = torch.randn(shape, generator=generator, device=images.device)
-        return project(noise, self.rms) * 0.1
+        return project(noise_for(images, self.number, generator), self.rms) * 0.1
 
     def forward(
         self,
@@ -75,15 +69,4 @@ class UniversalPerturbations(PseudoSamples):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """One perturbation of the bank for each image, drawn at random."""
-        if self.bank.numel() == 0:
-            raise RuntimeError("Call `regenerate` (or add PseudoSampleRegeneration to the callbacks) before sampling.")
-        owner = torch.randint(self.number, (len(images),), generator=generator, device=images.device)
-        return self.bank.to(images)[owner]
-
-    def get_extra_state(self) -> Tensor:
-        """The bank, for checkpoints."""
-        return self.bank
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take a bank over."""
-        self.bank = state
+        return self.bank.to(images)[self.drawn(images, generator)]
