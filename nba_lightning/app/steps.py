@@ -153,7 +153,7 @@ class Cleaning:
             networks = (self.network, self.with_weights(last["file"]))
             before, after = (ask(network, self.data, False, self.device) for network in networks)
             pair = Paired.of(before.right, after.right)
-            if pair.loss <= self.max_loss or not pair.beyond_chance(exact=True):
+            if pair.loss <= self.max_loss or not pair.beyond_chance():
                 return {}
             copy_file(self.chain.folder / last["file"], self.chain.folder / "rejected.safetensors")
             sentence = (

@@ -76,9 +76,9 @@ class Guard(Callback):
 
     .. math:: \hat d = \frac{b - c}{n}, \qquad SE = \frac{1}{n} \sqrt{b + c - \frac{(b - c)^2}{n}}
 
-    where b of the n images were right before only and c are right after only (McNemar, Psychometrika 1947). Of fewer
-    than ``min_images`` images a loss must be beyond chance by the exact test too; where it is not, the verdict is
-    ``"unknown"`` with an interval.
+    where b of the n images were right before only and c are right after only (McNemar, Psychometrika 1947), *and*
+    is beyond chance by the exact test too: five lost ones and none gained are not, of however many. Of fewer than
+    ``min_images`` images the verdict on what is not rejected is ``"unknown"``, with an interval.
 
     Held-out images are those of :func:`~nba_lightning.io.batches.held_out_loader`. Logs ``guard/suspicious``,
     ``guard/teacher``, ``guard/student`` and their ``guard/..._standard_error``. Nothing is done in a ``fast_dev_run``.
@@ -226,7 +226,7 @@ class Guard(Callback):
         pair = Paired.of(before.right, after.right)
         was = f"{now}, the suspicious network on {int(before.right.sum())}"
         few = pair.images < self.min_images
-        if pair.loss > allowed and pair.beyond_chance(exact=few):
+        if pair.loss > allowed and pair.beyond_chance():
             return "rejected", (
                 f"Rejected: {was}; that is a loss of {_points(pair.loss)} (standard error "
                 f"{100 * pair.standard_error:.1f}), more than {limit}.{_ADVICE[role] if self.advise else ''}"

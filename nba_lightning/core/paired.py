@@ -9,7 +9,7 @@ from torch import Tensor
 _LEVEL = 0.025
 """One-sided, as twice the standard error is."""
 FEW_PAIRS = 40
-"""Images of which fewer are few: twice the standard error says little, and the exact test is asked too."""
+"""Images of which fewer are few: a small loss cannot be told from none."""
 MAY_BE_CHANCE = int(-math.log2(_LEVEL))
 """So many images that are lost while none is gained are not beyond chance by the exact test; one more is."""
 
@@ -44,13 +44,13 @@ class Paired:
         """Of the loss: sqrt(b + c - (b - c)^2 / n) / n, as McNemar's test has it (Psychometrika 1947)."""
         return _standard_error(self.lost, self.gained, self.images)
 
-    def beyond_chance(self, exact: bool) -> bool:
-        """Whether the loss is more than chance explains, at 2.5 %.
+    def beyond_chance(self) -> bool:
+        """Whether the loss is more than chance explains, at 2.5 %, by the standard error and by the exact test.
 
-        Args:
-            exact: ask the exact test too, since twice the standard error says little about few images.
+        The exact test looks at the changed images alone: where few changed, twice the standard error says little,
+        however many there are.
         """
-        return self.loss > 2 * self.standard_error and not (exact and self.p_value() > _LEVEL)
+        return self.loss > 2 * self.standard_error and self.p_value() <= _LEVEL
 
     def interval(self) -> tuple[float, float]:
         """Where the loss lies at 95 %, also of few images.

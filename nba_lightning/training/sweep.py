@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from nba_lightning.core.checks import check_at_least, check_range, expected
-from nba_lightning.core.paired import FEW_PAIRS, MAY_BE_CHANCE
+from nba_lightning.core.paired import MAY_BE_CHANCE
 
 RATES = {"SGD": (0.2, 0.1, 0.05, 0.025, 0.012, 0.006, 0.003), "AdamW": (3e-3, 1e-3, 3e-4, 1e-4)}
 """Learning rates to try with each optimiser, the strongest first."""
@@ -38,13 +38,13 @@ def usual_optimizer(network: nn.Module) -> Literal["SGD", "AdamW"]:
 def allowed_loss(baseline: float, images: int, max_loss: float = 0.05) -> float:
     r"""How much accuracy on held-out images a learning rate may cost.
 
-    ``max_loss``, or one standard error of the baseline where that is more:
+    ``max_loss``, or what chance may explain where that is more: one standard error of the baseline, or five images,
+    which the exact test cannot tell from chance where none is gained (p = 3 %), as
+    :class:`~nba_lightning.callbacks.Guard` has it:
 
-    .. math:: \max(max\_loss, \sqrt{p (1 - p) / (n + 4)}), \quad p = (n a + 2) / (n + 4)
+    .. math:: \max(max\_loss, \sqrt{p (1 - p) / (n + 4)}, 5 / n), \quad p = (n a + 2) / (n + 4)
 
-    and of fewer than 40 images five of them: with none gained the exact test cannot tell so many lost ones from chance
-    (p = 3 %), as :class:`~nba_lightning.callbacks.Guard` has it. What is too weak leaves the backdoor, so chance is
-    held against no strong rate.
+    What is too weak leaves the backdoor, so chance is held against no strong rate.
 
     Source: Agresti & Coull, "Approximate is better than 'exact' for interval estimation of binomial proportions", The
     American Statistician 52(2), 1998, for two right and two wrong answers more, without which a few images that are all
@@ -60,14 +60,14 @@ def allowed_loss(baseline: float, images: int, max_loss: float = 0.05) -> float:
 
     Example:
         >>> allowed_loss(0.8, 250), round(allowed_loss(0.8, 40), 3), allowed_loss(0.8, 20)
-        (0.05, 0.063, 0.25)
+        (0.05, 0.125, 0.25)
     """
     check_range("baseline", baseline, 0.0, 1.0)
     check_range("max_loss", max_loss, 0.0, 1.0)
     check_at_least("images", images, 1)
     share = (images * baseline + 2) / (images + 4)
-    by_chance = MAY_BE_CHANCE / images if images < FEW_PAIRS else 0.0
-    return min(1.0, max(max_loss, math.sqrt(share * (1 - share) / (images + 4)), by_chance))
+    by_chance = max(math.sqrt(share * (1 - share) / (images + 4)), MAY_BE_CHANCE / images)
+    return min(1.0, max(max_loss, by_chance))
 
 
 def teachers_loss(max_loss: float) -> float:
