@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from nba_lightning.core.features import predict
 from nba_lightning.core.modes import evaluating
 from nba_lightning.core.randomness import generator_for, shuffled
 from nba_lightning.training.sweep import (
+    MAY_BE_LEFT,
     RATES,
     STUDENT_SHARE,
     allowed_loss,
@@ -23,10 +25,12 @@ from nba_lightning.training.sweep import (
     keeps,
     most_accurate,
     next_rate,
+    rate_between,
     strongest_rate,
     teachers_loss,
     teachers_mixed_share,
     usual_optimizer,
+    witness_rate,
 )
 from nba_lightning.training.verification import Verification
 
@@ -83,9 +87,10 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     for max_loss in (teachers_loss(MAX_LOSS), MAX_LOSS):
         teacher = swept(args, asked, subject, max_loss, teachers)
         check_finite(teacher)
+        sweep = Teachers(args, asked, found, subject, teachers, teacher)
         if verified:
-            try_gentler(args, asked, subject, teachers, teacher)
-        rate = taken(args, found, subject, teachers, teacher)
+            sweep.try_gentler()
+        rate = sweep.taken(max_loss)
         if rate >= cost.sweeps.get("FineTuning", {}).get("taken", math.inf):
             break  # there is none that is gentler
         given = taught_by(found, teachers[rate])
@@ -99,42 +104,93 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     return cost
 
 
-def try_gentler(
-    args: argparse.Namespace, found: Any, subject: Subject, teachers: dict[float, Kept], strongest: Kept
-) -> None:
-    """Fit teachers at the rates that the search left out below the strongest, and add what they cost to its cost."""
-    told = strongest.sweeps["FineTuning"]
-    for rate in gentler_rates(rates(found, subject), teachers, told["chosen"]):
-        teachers[rate] = kept_fit(args, at_rate(found, rate, subject), subject)
-        strongest.add(teachers[rate])
-        path = teachers[rate].path
-        told["accuracies"][f"{rate:g}"] = 0.0 if path is None else round(accuracy_of(subject, path), 4)
+@dataclass
+class Teachers:
+    """A search for NBA's teacher when it has found the strongest rate.
 
+    Attributes:
+        args: what :func:`common.parser` gives.
+        asked: the teacher's configuration.
+        found: NBA's.
+        subject: the suspicious model.
+        fits: by rate.
+        cost: what the search came to; what is fitted and asked beyond it joins its cost.
+    """
 
-def taken(
-    args: argparse.Namespace, found: Any, subject: Subject, teachers: dict[float, Kept], strongest: Kept
-) -> float:
-    """The rate of the most accurate teacher that withstands what the strongest does; the search joins its cost."""
-    told = strongest.sweeps["FineTuning"]
-    kept = [rate for rate in sorted(teachers)[::-1] if rate <= told["chosen"] and teachers[rate].path is not None]
-    module: Defense = build(Defense, merged(found["model"], {"init_args": {"model": subject.network}}))
-    assert isinstance(module, NBA)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    networks = [subject.loaded(Path(str(teachers[rate].path))).to(device) for rate in kept]
-    suspicious, data = subject.loaded(subject.weights).to(device), subject.datamodule
-    order = data.partition.clean[shuffled(subject.images, subject.seed, 31)]
-    images = data.source.load()[0].read(order).float() / 255
-    size = min(found["data"]["init_args"]["batch_size"], len(images))
-    batches = itertools.cycle([part.to(device) for part in images.split(size)])
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16-mixed"):
-        places = module.verification.withstanding(
-            networks, suspicious, batches, math.ceil(len(images) / size), generator_for(subject.seed, 8, device=device)
-        )
-    if len(kept) > 1:
-        strongest.passes += module.verification.search.passes(data.num_classes, len(images), len(kept))
-    told["withstand"] = [kept[place] for place in places]
-    told["taken"] = most_accurate({kept[place]: held_out_accuracy(networks[place], data) for place in places})
-    return float(told["taken"])
+    args: argparse.Namespace
+    asked: Any
+    found: Any
+    subject: Subject
+    fits: dict[float, Kept]
+    cost: Kept
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Of the search."""
+        return dict[str, Any](self.cost.sweeps["FineTuning"])
+
+    def tell(self, **more: Any) -> None:
+        """More of the search."""
+        self.cost.sweeps["FineTuning"] |= more
+
+    def try_rate(self, rate: float) -> float:
+        """Fit one more; its accuracy on the held-out images."""
+        self.fits[rate] = kept_fit(self.args, at_rate(self.asked, rate, self.subject), self.subject)
+        self.cost.add(self.fits[rate])
+        path = self.fits[rate].path
+        right = 0.0 if path is None else accuracy_of(self.subject, path)
+        self.tell(accuracies=self.told["accuracies"] | {f"{rate:g}": round(right, 4)})
+        return right
+
+    def try_gentler(self) -> None:
+        """Fit teachers at the rates that the search left out below the strongest."""
+        for rate in gentler_rates(rates(self.asked, self.subject), self.fits, self.told["chosen"]):
+            self.try_rate(rate)
+
+    def taken(self, max_loss: float) -> float:
+        """The rate of the most accurate teacher that withstands what the strongest does.
+
+        A stronger one that lost more than ``max_loss`` bears witness to what the strongest has kept of the backdoor;
+        where it has kept some, a rate between both is tried too.
+        """
+        witness, strongest = self._compare(), self.told["chosen"]
+        if self.told["left"] > MAY_BE_LEFT and witness is not None:
+            subject, between = self.subject, rate_between(strongest, witness)
+            baseline, images = accuracy_of(subject, subject.weights), len(subject.datamodule.partition.validation)
+            if keeps(self.try_rate(between), baseline, images, max_loss):
+                self.tell(chosen=between)
+                self._compare()
+        return float(self.told["taken"])
+
+    def _compare(self) -> float | None:
+        """Ask which teachers withstand what the strongest does, and tell; the witness's rate."""
+        right, strongest = {float(rate): now for rate, now in self.told["accuracies"].items()}, self.told["chosen"]
+        kept = [rate for rate in sorted(self.fits)[::-1] if rate <= strongest and self.fits[rate].path is not None]
+        witness = witness_rate(right, strongest, self.told["baseline"])
+        module: Defense = build(Defense, merged(self.found["model"], {"init_args": {"model": self.subject.network}}))
+        assert isinstance(module, NBA)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        subject, size = self.subject, self.found["data"]["init_args"]["batch_size"]
+        asked = kept if witness is None else [*kept, witness]
+        networks = [subject.loaded(Path(str(self.fits[rate].path))).to(device) for rate in asked]
+        suspicious, data = subject.loaded(subject.weights).to(device), subject.datamodule
+        order = data.partition.clean[shuffled(subject.images, subject.seed, 31)]
+        parts = (data.source.load()[0].read(order).float() / 255).split(min(size, len(order)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.args.precision == "bf16-mixed"):
+            places, left = module.verification.withstanding(
+                networks[: len(kept)],
+                suspicious,
+                itertools.cycle([part.to(device) for part in parts]),
+                len(parts),
+                generator_for(subject.seed, 8, device=device),
+                None if witness is None else networks[-1],
+            )
+        if len(asked) > 1 and module.verification.can_tell(len(order)):
+            self.cost.passes += module.verification.search.passes(data.num_classes, len(order), len(kept))
+        chosen = most_accurate({kept[place]: held_out_accuracy(networks[place], data) for place in places})
+        withstand = [kept[place] for place in places]
+        self.tell(withstand=withstand, witness=witness, left=round(left, 4), taken=chosen)
+        return witness
 
 
 def swept(

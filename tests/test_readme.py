@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
-from nba_lightning.training.evidence import Search
+from nba_lightning.training.search import Search
 from tests.app.conftest import write_images
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

@@ -15,7 +15,7 @@ import nba_lightning
 from nba_lightning.app import steps
 from nba_lightning.app.cli import main
 from nba_lightning.networks import SmallCNN
-from nba_lightning.training.evidence import Search
+from nba_lightning.training.search import Search
 from tests.app.conftest import write_images
 from tests.test_readme import README
 

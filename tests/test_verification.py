@@ -7,8 +7,10 @@ from torch import nn
 from nba_lightning.core.randomness import generator_for
 from nba_lightning.pseudo import ClassPatches, ClassPerturbations
 from nba_lightning.pseudo.base import same
-from nba_lightning.training import evidence as searching
-from nba_lightning.training.evidence import Evidence, Search
+from nba_lightning.training import evidence as asking
+from nba_lightning.training import search as searching
+from nba_lightning.training.evidence import Evidence
+from nba_lightning.training.search import Search
 from nba_lightning.training.verification import Verification
 from nba_lightning.training.ways import place_on, set_at
 
@@ -125,8 +127,9 @@ def test_a_student_that_a_patch_wins_is_not_kept_though_no_perturbation_wins_it(
 
 
 def test_the_two_best_patches_of_a_class_are_kept_if_they_win_enough(monkeypatch):
+    """80 % more, or 50 where perturbations suspect the class, here the first."""
     teacher = torch.tensor([0.0] * 5 + [0.1] + [0.0] * 6)
-    suspicious = torch.tensor([0.7, 0.85, 0.9, 0.95, 0.83, 0.87, 0.0, 0.0, 0.9, 0.8, 0.8, 0.8])
+    suspicious = torch.tensor([0.3, 0.45, 0.55, 0.95, 0.83, 0.87, 0.0, 0.0, 0.9, 0.8, 0.8, 0.8])
     asked = {0.0: list(teacher.split(8)), 1.0: list(suspicious.split(8))}
 
     def shares(network, batches, classes, bank, reduce, covers=None):
@@ -138,6 +141,7 @@ def test_the_two_best_patches_of_a_class_are_kept_if_they_win_enough(monkeypatch
         )
 
     monkeypatch.setattr(searching, "won", shares)
+    monkeypatch.setattr(asking, "won", shares)
     monkeypatch.setattr(searching, "_VALUES_AT_ONCE", 2 * 4 * 64)  # of two classes
     found = Search(sizes=(0.1,), steps=1, images=64, grid=2)(Net(1.0), Net(0.0), batches(), 2, generator_for(0))
     assert found.classes.tolist() == [0, 1, 2, 0, 0, 1, 2]
@@ -184,7 +188,7 @@ def test_a_suspected_class_is_held_to_the_margin_and_others_to_theirs():
         )
 
     evidence.won = fell
-    assert [made.passes(Net(0.0), evidence, str(k)) for k in (1, 2, 3)] == [True, False, False]
+    assert [made._within(*evidence.came_back(Net(0.0), str(k)), made.margin) for k in (1, 2, 3)] == [True, False, False]
 
 
 def test_what_came_back_is_a_share_of_the_gap_and_the_mean_of_a_class():
@@ -220,6 +224,7 @@ def test_patches_that_win_less_of_all_images_are_dropped(monkeypatch):
         return wins
 
     monkeypatch.setattr(searching, "won", shares)
+    monkeypatch.setattr(asking, "won", shares)
     found = Search(sizes=(0.1,), steps=1, images=64, grid=2)(Net(1.0), Net(0.0), batches(), 2, generator_for(0))
     assert found.suspects.tolist() == [False, False, False, True]  # what won 90 % of all images
     assert found.patches.tolist() == [False, False, False, True]
@@ -252,6 +257,7 @@ def test_a_class_that_almost_all_images_have_is_not_suspected_by_a_patch(monkeyp
         return 0.9 * network.backdoor.detach() * (torch.arange(len(classes)) % 12 < 5)  # of class 0, and one of class 1
 
     monkeypatch.setattr(searching, "won", shares)
+    monkeypatch.setattr(asking, "won", shares)
     found = Search(sizes=(0.1,), steps=1, images=64, grid=2)(Same(1.0), Same(0.0), batches(), 2, generator_for(0))
     assert found.classes[found.patches].tolist() == [1]
 
@@ -407,9 +413,12 @@ def test_weights_between_are_those_that_a_half_precision_pass_sees():
                 assert torch.equal(network(images), other(images))
 
 
-def withstanding(*backdoors, suspicious=2000.0, **kwargs):
-    made = Verification(search=SEARCH, **kwargs)
-    return made.withstanding([Net(one) for one in backdoors], Net(suspicious), batches(), 100, generator_for(1))
+def withstanding(*backdoors, suspicious=2000.0, witness=None, **kwargs):
+    made, bears = Verification(search=SEARCH, **kwargs), None if witness is None else Net(witness)
+    teachers = [Net(one) for one in backdoors]
+    places, left = made.withstanding(teachers, Net(suspicious), batches(), 100, generator_for(1), bears)
+    assert witness is not None or left == 0.0
+    return places if witness is None else (places, left)
 
 
 def test_teachers_that_withstand_what_the_strongest_withstands_may_take_its_place():
@@ -417,6 +426,56 @@ def test_teachers_that_withstand_what_the_strongest_withstands_may_take_its_plac
     assert withstanding(0.0, 1000.0, 1e-3) == [0, 2]
     assert withstanding(0.0, 1500.0, 1000.0) == [0]
     assert withstanding(0.0) == [0]
+
+
+def test_a_stronger_teacher_bears_witness_to_what_the_strongest_has_kept():
+    places, left = withstanding(1000.0, witness=0.0)
+    assert places == [0]
+    assert left > 0.9
+    places, left = withstanding(1e-3, 1e-2, 1000.0, witness=0.0)
+    assert places == [0, 1]
+    assert left < 0.05
+    places, left = withstanding(1000.0, 1000.0, witness=0.0)  # the second is no worse
+    assert places == [0, 1]
+    assert left > 0.9
+    assert withstanding(1000.0, witness=0.0, least_images=100 * 32 + 1) == ([0], 0.0)
+    assert withstanding(1000.0, witness=0.0, suspicious=0.0) == ([0], 0.0)
+
+
+class Looking(Search):
+    def __init__(self, answers):
+        super().__init__(sizes=(0.1,), steps=20, images=300)
+        self.answers = answers
+
+    def __call__(self, *given):
+        evidence = super().__call__(*given)
+        evidence.came_back = lambda network, name: next(self.answers)
+        return evidence
+
+
+class Told(Verification):
+    """Is told what comes back, in the order in which it asks."""
+
+    def __init__(self, *answers, **kwargs):
+        super().__init__(search=Looking(iter(answers)), **kwargs)
+
+    def comparing(self, teachers, witness=None):
+        teachers = [Net(0.0) for _ in range(teachers)]
+        return self.withstanding(teachers, Net(2000.0), batches(), 100, generator_for(1), witness)
+
+
+@pytest.mark.parametrize(
+    ("strongest", "other", "equal", "kept"),
+    [
+        ((0.05, 0.3), (0.06, 0.3), True, 0.05),
+        ((0.05, 0.3), (0.07, 0.3), False, 0.05),
+        ((0.05, 0.3), (0.05, 0.31), False, 0.05),
+        ((-0.05, 0.0), (0.01, 0.1), True, 0.0),
+        ((-0.05, 0.0), (0.01, 0.11), False, 0.0),
+    ],
+)
+def test_what_a_witness_withstands_counts_as_far_as_the_strongest_withstands_it(strongest, other, equal, kept):
+    assert Told(strongest, other).comparing(2, Net(0.0)) == ([0, 1] if equal else [0], kept)
 
 
 def test_the_fewer_images_the_less_may_come_back():
@@ -460,25 +519,13 @@ def test_where_what_passes_lost_too_much_accuracy_as_little_as_it_asks_for_comes
     assert kept(0.7) == (0.25, 0.03, True)
 
 
-def test_teachers_are_held_to_a_smaller_margin_than_students():
-    asked = []
-
-    class Asked(Verification):
-        def passes(self, network, evidence, name, margin=None):
-            asked.append(margin)
-            return super().passes(network, evidence, name, margin)
-
-    made = Asked(margin=0.5, margin_elsewhere=1.0, search=SEARCH)
-    evidence = made.search(Net(2000.0), Net(0.0), batches(), 100, generator_for(1))
-    evidence.came_back = lambda network, name: (0.3, 0.0)
-    assert made.passes(Net(0.0), evidence, "student")
-    assert not made.passes(Net(0.0), evidence, "student", 0.01)
-    asked.clear()
-    made.withstanding([Net(0.0), Net(0.0)], Net(2000.0), batches(), 100, generator_for(1))
-    assert asked == [0.01]
-    made = Asked(margin=0.005, search=SEARCH)
-    made.withstanding([Net(0.0), Net(0.0)], Net(2000.0), batches(), 100, generator_for(1))
-    assert asked == [0.01, 0.005]  # who asks students for more asks teachers too
+@pytest.mark.parametrize(
+    ("margin", "back", "equal"), [(0.5, 0.01, True), (0.5, 0.02, False), (0.005, 0.005, True), (0.005, 0.01, False)]
+)
+def test_teachers_are_held_to_no_larger_margin_than_students(margin, back, equal):
+    places, left = Told((back, 0.0), margin=margin).comparing(2)
+    assert places == ([0, 1] if equal else [0])
+    assert left == 0.0
 
 
 def test_where_nothing_tells_teachers_apart_only_the_strongest_is_safe():

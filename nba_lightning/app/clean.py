@@ -23,10 +23,16 @@ from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.core.modes import check_finite, fingerprint
 from nba_lightning.data.owner import CleanImages
 from nba_lightning.io.adapters import Normalized, bare
+from nba_lightning.training.sweep import MAY_BE_LEFT
 
 _COPIES = 20
 """Of the network on the disk: each teacher's and the student's weights, and their checkpoints with an optimiser's."""
 
+_LEFT = (
+    "The teacher (rate {:g}) falls for {:.0f} % of what the suspicious network falls for and a stronger teacher, which "
+    "lost too much accuracy, withstands; about as much of the backdoor may be left. A larger `max_loss`, or more clean "
+    "images, leave less of it."
+)
 _NO_GENTLER = "Its student lost too much, and there is no gentler teacher that keeps the accuracy asked for."
 
 
@@ -151,6 +157,8 @@ def _chain(
         scans["after"] = run.scan("after", run.with_weights(last["file"]))
     if last["verdict"] == "unknown":
         run.warnings.append(last["sentence"])
+    if teacher["left"] > MAY_BE_LEFT:
+        run.warnings.append(_LEFT.format(teacher["chosen"]["rate"], 100 * teacher["left"]))
 
     def work() -> dict[str, Any]:
         normalized = _normalization(run.network)

@@ -21,15 +21,18 @@ from nba_lightning.defenses import FineTuning
 from nba_lightning.io.weights import load_weights
 from nba_lightning.pseudo import TriggerFamilies
 from nba_lightning.training.sweep import (
+    MAY_BE_LEFT,
     RATES,
     USUAL_RATE,
     gentler_rates,
     keeps,
     most_accurate,
     next_rate,
+    rate_between,
     strongest_rate,
     teachers_mixed_share,
     usual_optimizer,
+    witness_rate,
 )
 from nba_lightning.training.verification import Verification
 
@@ -69,6 +72,10 @@ class Tried:
         able = {rate: self.right[rate] for rate, good in self.affordable.items() if good} or self.right
         return strongest_rate(able, self.before, self.images, max_loss)
 
+    def witness(self, strongest: float) -> float | None:
+        """The rate whose network bears witness to what the strongest that is affordable has kept, if there is one."""
+        return witness_rate(self.right, strongest, self.before)
+
     def figures(self, rate: float) -> str:
         """Accuracy at a rate beside the suspicious network's."""
         now, before = 100 * self.right[rate], 100 * self.before
@@ -105,12 +112,13 @@ def fit_teacher(
     """Fine-tune copies of the network on synthetic triggers too, as strongly as accuracy allows and removal needs.
 
     Which rates are tried says :mod:`nba_lightning.training.sweep`; of those that may be taken and withstand what the
-    strongest withstands the most accurate one is. Without held-out images nothing tells them apart, and the usual one
-    is taken.
+    strongest withstands the most accurate one is. A still stronger one that lost too much accuracy bears witness to
+    what the strongest has kept of the backdoor; if it has kept some, a rate between both is tried too. Without held-out
+    images nothing tells rates apart, and the usual one is taken.
 
     Returns:
-        What came of the chosen fit, whose weights :func:`take_teacher` brings to the output folder, and by rate a
-        sentence for each that was not chosen.
+        What came of the chosen fit, whose weights :func:`take_teacher` brings to the output folder, with the share
+        ``left`` of the backdoor that the witness found; and by rate a sentence for each that was not chosen.
     """
     kind, tried = usual_optimizer(network), Tried()
     rates = RATES[kind] if held_out else (USUAL_RATE[kind],)
@@ -130,12 +138,25 @@ def fit_teacher(
     if Verification().can_tell(len(one.data.training)):
         for rate in gentler_rates(rates, tried.found, strongest):
             attempt(rate)
-    able = {rate: found["file"] for rate, found in sorted(tried.found.items())[::-1] if rate <= strongest}
-    able = {rate: file for rate, file in able.items() if file is not None}
-    equal = chain.step(f"equal to {strongest:g}", partial(_withstanding, network, able, one, chain, seed, show))
-    chosen = most_accurate({rate: tried.right[rate] for rate in equal})
+
+    def compared() -> dict[str, Any]:
+        files = {rate: found["file"] for rate, found in sorted(tried.found.items())[::-1] if found["file"] is not None}
+        able, witness = {rate: file for rate, file in files.items() if rate <= strongest}, tried.witness(strongest)
+        bearing = None if witness is None else files[witness]
+        work = partial(_withstanding, network, able, bearing, one, chain, seed, show)
+        answer: dict[str, Any] = chain.step(f"equal to {strongest:g}", work)
+        return answer
+
+    found, witness = compared(), tried.witness(strongest)
+    if found["left"] > MAY_BE_LEFT and witness is not None:
+        say(f"  that of rate {strongest:g} has kept about {100 * found['left']:.0f} % of the backdoor", show)
+        attempt(rate_between(strongest, witness))
+        strongest, before = tried.strongest(max_loss), strongest
+        found = found if strongest == before else compared()
+    chosen = most_accurate({rate: tried.right[rate] for rate in found["equal"]})
     others = sorted(tried.found.keys() - {chosen}, reverse=True)
-    return tried.found[chosen], {rate: tried.reason(rate, equal) for rate in others}
+    told = {rate: tried.reason(rate, found["equal"]) for rate in others}
+    return {**tried.found[chosen], "left": found["left"]}, told
 
 
 def take_teacher(found: dict[str, Any], chain: Chain) -> dict[str, Any]:
@@ -147,25 +168,39 @@ def take_teacher(found: dict[str, Any], chain: Chain) -> dict[str, Any]:
 
 
 def _withstanding(
-    network: nn.Module, files: dict[float, str], link: Link, chain: Chain, seed: int, show: bool
-) -> list[float]:
-    """The rates of the teachers that withstand what the strongest one, the first, withstands."""
+    network: nn.Module,
+    files: dict[float, str],
+    witness: str | None,
+    link: Link,
+    chain: Chain,
+    seed: int,
+    show: bool,
+) -> dict[str, Any]:
+    """The rates of the teachers that withstand what the strongest one, the first, withstands, and what it has kept."""
     device = link.places.device()
     rates, verification = list(files), Verification()
-    if len(rates) == 1 or not verification.can_tell(len(link.data.training)):
-        return rates[:1]
+    if (len(rates) == 1 and witness is None) or not verification.can_tell(len(link.data.training)):
+        return {"equal": rates[:1], "left": 0.0}
     passes = verification.search.passes(link.data.num_classes, len(link.data.training), len(rates))
-    say(f"  do gentler teachers withstand as much? At most {passes:,} passes of an image", show)
-    teachers = []
-    for file in files.values():
-        teachers.append(copy.deepcopy(network).to(device))
-        load_weights(teachers[-1], chain.folder / "fits" / file)
+    say(f"  what do the teachers withstand? At most {passes:,} passes of an image", show)
+    networks = []
+    for file in [*files.values(), *([] if witness is None else [witness])]:
+        networks.append(copy.deepcopy(network).to(device))
+        load_weights(networks[-1], chain.folder / "fits" / file)
     seen = link.data.training[shuffled(len(link.data.training), seed, 31)][: verification.search.images]
     parts = torch.split(link.data.images_at(seen).images.to(device), link.batch)
     batches = (part.float() / 255 for part in cycle(parts))
     came = copy.deepcopy(network).to(device)
     generator = generator_for(seed, 8, device=device)
-    return [rates[place] for place in verification.withstanding(teachers, came, batches, len(parts), generator)]
+    places, left = verification.withstanding(
+        networks[: len(rates)],
+        came,
+        batches,
+        len(parts),
+        generator,
+        None if witness is None else networks[-1],
+    )
+    return {"equal": [rates[place] for place in places], "left": left}
 
 
 def _try(network: nn.Module, link: Link, rate: float, seed: int, show: bool) -> dict[str, Any]:

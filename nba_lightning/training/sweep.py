@@ -19,6 +19,10 @@ STUDENT_SHARE = 1 / 3
 """NBA's rate as a share of its teacher's: the teacher forgets at a high rate, the student learns at a lower one."""
 FEW_IMAGES = 200
 """Clean images of which fewer are few: they tell little of what a network learned, and are soon learned by heart."""
+MAY_BE_LEFT = 0.1
+"""Share of a backdoor that a teacher may seem to have kept by nature; 7 % at most of those that had forgotten it."""
+_LEAST_OF_WITNESS = 0.5
+"""Share of the suspicious network's accuracy; a network that has less is a ruin and bears witness to nothing."""
 MIXED_OF_FEW = 0.5
 """Share of few images that CutMix mixes for a teacher; of many it gains nothing."""
 
@@ -135,6 +139,35 @@ def gentler_rates(rates: Iterable[float], tried: Iterable[float], strongest: flo
     """
     known = set(tried)
     return sorted((rate for rate in rates if min(known) < rate < strongest and rate not in known), reverse=True)
+
+
+def witness_rate(accuracies: Mapping[float, float], strongest: float, baseline: float) -> float | None:
+    """The weakest rate above the one that was taken, whose network may bear witness to what that one has kept.
+
+    Args:
+        accuracies: of networks on the held-out images, in [0, 1], by learning rate; 0 for a fit that came to no end.
+        strongest: the rate that was taken.
+        baseline: accuracy of the suspicious network.
+
+    Returns:
+        It, or ``None`` if there is none that is right on half as many images as the suspicious network.
+
+    Example:
+        >>> witness_rate({0.2: 0.6, 0.1: 0.7, 0.05: 0.78}, strongest=0.05, baseline=0.8)
+        0.1
+    """
+    least = _LEAST_OF_WITNESS * baseline
+    return min((rate for rate, right in accuracies.items() if rate > strongest and right >= least), default=None)
+
+
+def rate_between(one: float, other: float) -> float:
+    """The geometric mean of two rates, to two digits.
+
+    Example:
+        >>> rate_between(0.05, 0.1)
+        0.071
+    """
+    return float(f"{math.sqrt(one * other):.2g}")
 
 
 def strongest_rate(accuracies: Mapping[float, float], baseline: float, images: int, max_loss: float = 0.05) -> float:

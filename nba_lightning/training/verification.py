@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.pseudo.base import Reduce, same
 from nba_lightning.training.choice import Found, choose
-from nba_lightning.training.evidence import Evidence, Search
+from nba_lightning.training.evidence import Evidence
+from nba_lightning.training.search import Search
 from nba_lightning.training.sweep import FEW_IMAGES, allowed_loss, least_accuracy
 from nba_lightning.training.ways import DIRECT, HALFWAY, OVER, place_on, set_at
 
@@ -24,7 +25,7 @@ class Verification:
     r"""Keep as much of the suspicious network's knowledge as shows no sign of the backdoor, without knowing a trigger.
 
     A backdoor makes the target class easy to reach, and a network that has learned it falls for what the suspicious
-    network :math:`S_0` falls for and the teacher T withstands (:class:`~nba_lightning.training.evidence.Search`).
+    network :math:`S_0` falls for and the teacher T withstands (:class:`~nba_lightning.training.search.Search`).
     Networks lie on three ways: straight, over the student S and past it, and half way between both,
 
     .. math:: T + r (S_0 - T), \qquad T + r (S - T) \; (r \le 1), \quad S + (r - 1) (S_0 - S) \; (r > 1) \qquad
@@ -205,11 +206,15 @@ class Verification:
         batches: Iterator[Tensor],
         one_pass: int,
         generator: torch.Generator | None = None,
-    ) -> list[int]:
+        witness: nn.Module | None = None,
+    ) -> tuple[list[int], float]:
         """Which of several teachers withstand what the strongest withstands, and so may take its place.
 
         A strong teacher forgets more of the backdoor, and of all else. Where no class is suspected, or of too few
         images, nothing tells teachers apart, and only the strongest is safe.
+
+        What a teacher has kept of the backdoor no evidence shows that it withstands itself. So a still stronger one
+        bears witness where there is one, however much accuracy it lost: what it withstands is asked of all teachers.
 
         Args:
             teachers: at least one, of the suspicious network's architecture, the strongest first.
@@ -217,29 +222,27 @@ class Verification:
             batches: endless clean images `(B, C, H, W)` in [0, 1].
             one_pass: after how many batches they come again.
             generator: source of randomness.
+            witness: a stronger teacher than all of them.
 
         Returns:
-            Their places in ``teachers``, 0 among them.
+            Their places in ``teachers``, 0 among them; and of what the witness withstands the share that the strongest
+            falls for, about as much as it has kept of the backdoor; 0 without a witness, or where nothing tells.
         """
         seen = one_pass * len(next(batches))
-        if len(teachers) == 1 or not self.can_tell(seen):
-            return [0]
-        evidence = self.search(suspicious, teachers[0], batches, one_pass, generator)
+        if not self.can_tell(seen) or (len(teachers) == 1 and witness is None):
+            return [0], 0.0
+        evidence = self.search(suspicious, witness or teachers[0], batches, one_pass, generator)
         if not bool(evidence.suspects.any()):
-            return [0]
-        others, margin = enumerate(teachers[1:], start=1), min(self.margin_of(seen), _TEACHERS_MARGIN)
-        return [0, *(place for place, one in others if self.passes(one, evidence, f"teacher {place}", margin))]
-
-    def passes(self, network: nn.Module, evidence: Evidence, name: str, margin: float | None = None) -> bool:
-        """Whether a network withstands what the teacher withstands, but for the margins.
-
-        Args:
-            network: the network.
-            evidence: what it is asked.
-            name: of the network in ``evidence.rates``.
-            margin: instead of the own one.
-        """
-        return self._within(*evidence.came_back(network, name), self.margin if margin is None else margin)
+            return [0], 0.0
+        margin = min(self.margin_of(seen), _TEACHERS_MARGIN)
+        first = (0.0, 0.0) if witness is None else evidence.came_back(teachers[0], "teacher 0")
+        kept, elsewhere = max(first[0], 0.0), max(first[1], self.margin_elsewhere)
+        places = [0]
+        for place, one in enumerate(teachers[1:], start=1):
+            back, other = evidence.came_back(one, f"teacher {place}")
+            if back <= kept + margin + 1e-6 and other <= elsewhere + 1e-6:
+                places.append(place)
+        return places, kept
 
     def _within(self, suspected: float, elsewhere: float, margin: float) -> bool:
         return suspected <= margin + 1e-6 and elsewhere <= self.margin_elsewhere + 1e-6

@@ -8,7 +8,7 @@ from nba_lightning.app import teachers
 from nba_lightning.app.teachers import fit_teacher
 from nba_lightning.networks import SmallCNN
 
-RIGHT = {0.2: 0.7, 0.1: 0.8, 0.05: 0.86, 0.025: 0.88}
+RIGHT = {0.2: 0.7, 0.14: 0.79, 0.1: 0.8, 0.05: 0.86, 0.025: 0.88}
 """Accuracy on held-out images; the suspicious network's is 0.88."""
 
 
@@ -28,16 +28,24 @@ def tried(tmp_path, monkeypatch):
     return rates
 
 
-def chosen(tmp_path, monkeypatch, images, withstanding):
-    """The rate that is taken with so many images, where these rates withstand what the strongest does."""
-    monkeypatch.setattr(
-        teachers, "_withstanding", lambda network, files, *_: [one for one in files if one in withstanding]
-    )
+def chosen(tmp_path, monkeypatch, images, withstanding, kept=(), told=None):
+    """The rate that is taken with so many images, where these rates withstand what the strongest does.
+
+    ``kept`` is what the strongest has kept, asked once and again; ``told`` takes what is asked, and what came of it.
+    """
+    kept, told = [*kept, 0.0], {} if told is None else told
+
+    def compared(network, files, witness, *_):
+        told.setdefault("asked", []).append((list(files), witness))
+        return {"equal": [one for one in files if one in withstanding], "left": kept.pop(0)}
+
+    monkeypatch.setattr(teachers, "_withstanding", compared)
     data = SimpleNamespace(training=range(images))
     link = lambda name: SimpleNamespace(name=name, folder=tmp_path / name, data=data)  # noqa: E731
     chain = SimpleNamespace(folder=tmp_path, step=lambda name, work: work())
     found, others = fit_teacher(SmallCNN(), link, chain, 0.1, held_out=True, seed=0, show=False)
     assert found["chosen"]["rate"] not in others
+    told |= {"left": found["left"], "others": others}
     return found["chosen"]["rate"]
 
 
@@ -54,3 +62,30 @@ def test_it_is_not_taken_if_it_does_not(tmp_path, monkeypatch, tried):
 def test_it_is_not_tried_where_too_few_images_tell_teachers_apart(tmp_path, monkeypatch, tried):
     assert chosen(tmp_path, monkeypatch, 150, {0.1}) == 0.1
     assert tried == [0.025, 0.1, 0.2]
+
+
+@pytest.mark.parametrize(("right", "taken"), [(0.79, 0.14), (0.77, 0.1)])
+def test_where_a_stronger_one_bears_witness_to_a_backdoor_a_rate_between_is_tried(
+    tmp_path, monkeypatch, tried, right, taken
+):
+    monkeypatch.setitem(RIGHT, 0.14, right)
+    told = {}
+    assert chosen(tmp_path, monkeypatch, 500, {taken}, kept=(0.11, 0.02), told=told) == taken
+    assert tried == [0.025, 0.1, 0.2, 0.05, 0.14]
+    assert told["asked"][0] == ([0.1, 0.05, 0.025], "0.2")
+    if taken == 0.14:
+        assert told["asked"][1:] == [([0.14, 0.1, 0.05, 0.025], "0.2")]
+        assert told["left"] == 0.02
+    else:
+        assert told["left"] == 0.11  # it is said
+        assert "it lost too much accuracy (77.0 %" in told["others"][0.14]
+
+
+def test_no_rate_between_is_tried_where_nothing_was_kept_or_nobody_bears_witness(tmp_path, monkeypatch, tried):
+    told = {}
+    assert chosen(tmp_path, monkeypatch, 500, {0.1}, kept=(0.09,), told=told) == 0.1
+    assert tried == [0.025, 0.1, 0.2, 0.05]
+    monkeypatch.setitem(RIGHT, 0.2, 0.43)  # of 0.88; a ruin
+    told.clear()
+    assert chosen(tmp_path, monkeypatch, 500, {0.1}, kept=(0.0,), told=told) == 0.1
+    assert told["asked"] == [([0.1, 0.05, 0.025], None)]
