@@ -157,8 +157,6 @@ def _chain(
         scans["after"] = run.scan("after", run.with_weights(last["file"]))
     if last["verdict"] == "unknown":
         run.warnings.append(last["sentence"])
-    if teacher["left"] > MAY_BE_LEFT:
-        run.warnings.append(_LEFT.format(teacher["chosen"]["rate"], 100 * teacher["left"]))
 
     def work() -> dict[str, Any]:
         normalized = _normalization(run.network)
@@ -201,6 +199,8 @@ def _aligned(
             )
             teacher = gentler
             last = run.align(run.with_weights(teacher["file"]), teacher["chosen"]["rate"], student_steps, again=True)
+    if teacher["left"] > MAY_BE_LEFT:
+        run.warnings.append(_LEFT.format(teacher["chosen"]["rate"], 100 * teacher["left"]))
     return teacher, run.judge_fitted(last)
 
 

@@ -211,7 +211,8 @@ class Run:
         return file
 
     def teach_gentler(self, steps, teacher):
-        return self.gentle and {"file": "teacher", "chosen": {"rate": self.gentle}, "verdict": "accepted"}
+        found = {"file": "teacher", "chosen": {"rate": self.gentle}, "verdict": "accepted", "left": 0.0}
+        return self.gentle and found
 
     def align(self, teacher, rate, steps, again=False):
         assert again == bool(self.students)
@@ -231,7 +232,7 @@ class Run:
     ],
 )
 def test_a_gentler_teacher_takes_over_where_the_student_lost_too_much(run, students, verdict):
-    first = {"file": "teacher", "chosen": {"rate": 0.1}, "verdict": "accepted", "tried": []}
+    first = {"file": "teacher", "chosen": {"rate": 0.1}, "verdict": "accepted", "tried": [], "left": 0.0}
     teacher, last = _aligned(run, first, 10, 10)
     assert (run.students, last["verdict"], teacher["chosen"]["rate"]) == (students, verdict, students[-1])
     said = "What came of the teacher at rate 0.1 lost more clean accuracy than `max_loss` allows"
@@ -240,6 +241,14 @@ def test_a_gentler_teacher_takes_over_where_the_student_lost_too_much(run, stude
     assert [one.startswith("Its student lost too much, and there is no") for one in teacher.get("tried", [])] == [
         True
     ] * none
+
+
+@pytest.mark.parametrize("left", [0.1, 0.22])
+def test_what_a_stronger_teacher_shows_to_be_left_is_said(left):
+    run, teacher = Run(None), {"file": "teacher", "chosen": {"rate": 0.05}, "verdict": "accepted", "left": left}
+    assert _aligned(run, teacher, 10, 10)[0] == teacher
+    said = "The teacher (rate 0.05) falls for 22 % of what the suspicious network falls for and a stronger teacher"
+    assert [warning.startswith(said) for warning in run.warnings] == [True] * (left > 0.1)
 
 
 @pytest.mark.parametrize(("rate", "verdict"), [(0.2, "accepted"), (0.1, "accepted"), (0.05, "rejected")])
