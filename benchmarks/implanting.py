@@ -78,6 +78,8 @@ def models(args: argparse.Namespace, setting: Setting, source: Source) -> Models
     if "poisoned" in there:
         state = there["poisoned"].with_suffix(".attack.safetensors")
         return Models(clean, there["poisoned"], state if state.exists() else None)
+    if setting["implanting"]["poisoned"].get("epochs") == 0:
+        return Models(clean, clean, None)  # nobody poisoned it
     if "weights" in setting["implanting"]["poisoned"]:
         return Models(clean, made(args, setting, source, "poisoned", None, None), None)
     attack = ready_attack(args, setting, source, clean)

@@ -7,7 +7,8 @@
     python benchmarks/settings.py --ablations without_patch ...    # changes of NBA, files of benchmarks/ablations
     python benchmarks/report.py --settings                     # the table of what is there
 
-Settings of the group ``found`` are those on which our own defaults were found; those of ``reported`` are not. A setting
+Settings of the group ``found`` are those on which our own defaults were found; those of ``reported`` are not; those of
+``clean`` tell what cleaning a network costs that nobody poisoned (its suspicious model trains for 0 epochs). A setting
 names its network, images, attack and way of implanting; suspicious model, clean model (trained alike, never poisoned:
 floor and ceiling) and every fit are kept under ``--work`` and are made once. ``--models DIR`` gives models that are
 there already, ``NAME.safetensors`` and ``NAME.attack.safetensors``. A cell that is there is not run again, failures

@@ -12,6 +12,7 @@ METRICS = {"acc": max, "asr": min, "ra": max, "der": max}
 GROUPS = {
     "found": "Settings on which the defaults of NBA were found",
     "reported": "Settings that played no part in finding them",
+    "clean": "Networks that nobody poisoned: what cleaning them costs",
 }
 Cell = Mapping[str, Any]
 Found = Mapping[str, Mapping[str, Sequence[Cell]]]  # by setting, then by defence
@@ -136,7 +137,8 @@ def report(results: Path, only: Sequence[str] | None = None, networks: Sequence[
             continue
         head = "| setting | defence | n | ACC | ASR | RA | DER | re-activated ASR | passes per image |"
         lines = [line for setting, defenses in sorted(found.items()) for line in rows(setting, defenses, after)]
-        parts += [f"**{title}.**", "\n".join(averages(found, after)), "\n".join([head, "|---" * 9 + "|", *lines])]
+        means = [] if group == "clean" else ["\n".join(averages(found, after))]  # nothing was there to be removed
+        parts += [f"**{title}.**", *means, "\n".join([head, "|---" * 9 + "|", *lines])]
     if not parts:
         raise SystemExit(f"No such cell in {results}; run benchmarks/settings.py first.")
     return "\n\n".join(parts)

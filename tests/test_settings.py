@@ -1,6 +1,7 @@
 """Settings from end to end on tiny data, and what their YAML say."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +80,33 @@ def test_the_cost_of_a_sweep_is_that_of_all_its_fits(run):
     assert found["passes_per_image"] == pytest.approx(one * len(found["sweeps"]["FineTuning"]["accuracies"]), rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "taken", "tried"),
+    [(0.2, 0.75, 0.071, ["0.071"]), (0.2, 0.6, 0.05, ["0.071"]), (0.1, 0.75, 0.05, [])],
+)
+def test_where_a_witness_shows_a_backdoor_a_rate_between_is_tried(monkeypatch, left, right, taken, tried):
+    import chain
+    from keeping import Kept
+
+    class Compared(chain.Teachers):
+        def _compare(self):
+            self.tell(left=left, taken=self.told["chosen"], witness=0.1)
+            return 0.1
+
+    data = SimpleNamespace(partition=SimpleNamespace(validation=range(100)))
+    subject = SimpleNamespace(weights="suspicious", datamodule=data)
+    monkeypatch.setattr(chain, "at_rate", lambda found, rate, subject: f"{rate:g}")
+    monkeypatch.setattr(chain, "kept_fit", lambda args, found, subject: Kept(found, passes=10))
+    monkeypatch.setattr(chain, "accuracy_of", lambda subject, path: 0.8 if path == "suspicious" else right)
+    cost = Kept("0.05", sweeps={"FineTuning": {"chosen": 0.05, "accuracies": {"0.1": 0.6, "0.05": 0.78}}})
+    teachers = Compared(None, "asked", "found", subject, {0.1: Kept("0.1"), 0.05: Kept("0.05")}, cost)
+    assert teachers.taken(max_loss=0.0875) == taken
+    told = cost.sweeps["FineTuning"]
+    assert [rate for rate in told["accuracies"] if rate not in ("0.1", "0.05")] == tried
+    assert cost.passes == 10 * len(tried)
+    assert told["chosen"] == taken
+
+
 def test_what_is_there_is_kept_and_a_model_that_is_given_is_taken(run, tmp_path):
     folder, settings = run
     times = {path: path.stat().st_mtime_ns for path in (folder / "r").iterdir()}
@@ -93,6 +121,19 @@ def test_what_is_there_is_kept_and_a_model_that_is_given_is_taken(run, tmp_path)
     files = json.loads((tmp_path / "work" / "models" / "tiny.json").read_text())
     assert files == [str(tmp_path / "own.safetensors"), str(tmp_path / "own_poisoned.safetensors"), ""]
     assert not list((tmp_path / "work" / "models").glob("*.safetensors"))
+
+
+def test_a_network_that_nobody_poisoned_is_its_own_suspicious_model_and_has_no_means(run, tmp_path):
+    nobody = TINY.replace("group: found", "group: clean").replace("epochs: 2,", "epochs: 0,")
+    (tmp_path / "nobody.yaml").write_text(nobody)
+    save_file(SmallCNN(width=4, in_channels=1).state_dict(), tmp_path / "own.safetensors")
+    there = ("--work", tmp_path / "work", "--results", tmp_path / "r", "--only", tmp_path / "nobody.yaml")
+    ran = call("settings", *there, "--models", tmp_path, "--defenses")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = json.loads((tmp_path / "r" / "nobody-none-0.json").read_text())
+    assert {name: found[name] for name in found["never_poisoned"]} == found["never_poisoned"]
+    shown = call("report", "--settings", "--results", tmp_path / "r")
+    assert "**Networks that nobody poisoned: what cleaning them costs.**\n\n| setting |" in shown.stdout
 
 
 def test_the_report_says_the_group_and_marks_the_best(run):
@@ -111,7 +152,8 @@ def test_every_shipped_setting_is_complete(path):
     found = yaml.safe_load(path.read_text())
     keys = {"group", "about", "source", "augment", "network", "attack", "implanting", "clean_images"}
     assert found.keys() - {"models"} == keys | {"validation_fraction"}
-    assert found["group"] in ("found", "reported")
+    assert found["group"] in ("found", "reported", "clean")
+    assert (found["group"] == "clean") == (found["implanting"]["poisoned"].get("epochs") == 0)
     assert found["implanting"].keys() - {"keys"} == {"clean", "poisoned"}
     from common import build, config, merged, poisoned_training
 

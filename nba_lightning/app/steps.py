@@ -101,7 +101,7 @@ class Cleaning:
         say("4/6  The teacher: a copy of the network, fine-tuned on the clean images", self.show)
         if len(self.data.held_out):
             most = f"{100 * may_lose:.1f} points of accuracy at most or what chance may"
-            say(f"  looked for is the strongest learning rate that costs {most}, in up to four fits", self.show)
+            say(f"  looked for is the strongest learning rate that costs {most}, in up to five fits", self.show)
         found, told = self._fit_teacher(steps, may_lose)
         return {**take_teacher(found, self.chain), "tried": list(told.values())}
 
@@ -111,7 +111,7 @@ class Cleaning:
         Returns:
             It, or ``None`` if there is none; ``teacher``, the first one, stays the one in the output folder then.
         """
-        most = f"{100 * self.max_loss:.1f} points; at most four more fits"
+        most = f"{100 * self.max_loss:.1f} points; at most five more fits"
         say(f"4/6 again: the student lost too much; is there a gentler teacher? It may lose {most}", self.show)
         found, told = self._fit_teacher(steps, self.max_loss)
         first, rate = teacher["chosen"]["rate"], found["chosen"]["rate"]

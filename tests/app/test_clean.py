@@ -259,7 +259,7 @@ def test_the_first_teacher_stays_where_none_is_gentler(monkeypatch, capsys, rate
     run = SimpleNamespace(show=True, max_loss=0.05, _fit_teacher=lambda steps, may_lose: (other, {}))
     assert Cleaning.teach_gentler(run, 10, {"chosen": {"rate": 0.1}}) is None
     assert capsys.readouterr().out.endswith(
-        "is there a gentler teacher? It may lose 5.0 points; at most four more fits\n  there is none\n"
+        "is there a gentler teacher? It may lose 5.0 points; at most five more fits\n  there is none\n"
     )
 
 
