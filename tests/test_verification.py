@@ -337,12 +337,20 @@ def test_of_the_sizes_the_one_counts_at_which_a_class_is_furthest_ahead():
     assert abs(size(Net(2000.0), Net(0.0), suspected=1.0) - 0.05) < 0.01  # at 0.4 the teacher falls as well
 
 
-def test_a_class_that_the_teacher_falls_for_as_well_is_near_by_nature(monkeypatch):
+@pytest.mark.parametrize("at_last", [0.74, 0.76])
+def test_a_class_that_the_teacher_falls_for_as_well_is_near_by_nature(monkeypatch, at_last):
     # Class 1 has the larger gap, but the teacher falls for it too; class 2 stands out less than half as far as class 0.
     shares = iter([torch.tensor([0.00, 0.18, 0.03]), torch.tensor([0.45, 0.68, 0.25])])
     monkeypatch.setattr(searching, "won", lambda network, batches, classes, *_: next(shares, torch.zeros(len(classes))))
-    found = Search(sizes=(0.1,), steps=1, images=64)(Net(0.0), Net(0.0), batches(), 2, generator_for(0))
-    assert found.suspects.tolist() == [True, False, False]
+
+    def asked(network, images, classes, *_):
+        of_suspect = classes.tolist() == [0, 0]  # the perturbation and the next larger one
+        return network.backdoor.detach() * torch.tensor([0.45, at_last] if of_suspect else [0.68, 0.25])
+
+    monkeypatch.setattr(asking, "won", asked)
+    found = Search(sizes=(0.1, 0.2), steps=1, images=64, grid=0)(Net(1.0), Net(0.0), batches(), 2, generator_for(0))
+    assert found.classes.tolist() == [0, 1, 2, *([0] if at_last > 0.75 else [])]
+    assert found.suspects.tolist() == ([True, False, False, True] if at_last > 0.75 else [False] * 3)
 
 
 def test_no_more_images_go_through_networks_than_is_said():
