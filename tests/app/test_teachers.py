@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nba_lightning.app import teachers
 from nba_lightning.app.teachers import fit_teacher
+from nba_lightning.io.weights import save_weights
 from nba_lightning.networks import SmallCNN
 
 RIGHT = {0.2: 0.7, 0.14: 0.79, 0.1: 0.8, 0.05: 0.86, 0.025: 0.88}
@@ -89,3 +91,43 @@ def test_no_rate_between_is_tried_where_nothing_was_kept_or_nobody_bears_witness
     told.clear()
     assert chosen(tmp_path, monkeypatch, 500, {0.1}, kept=(0.0,), told=told) == 0.1
     assert told["asked"] == [([0.1, 0.05, 0.025], None)]
+
+
+def test_the_networks_that_are_compared_have_the_weights_of_their_rates(tmp_path, monkeypatch):
+    asked = {}
+
+    def withstanding(self, networks, suspicious, batches, one_pass, generator, witness=None):
+        own = [float(one.fc.bias[0].detach()) for one in [*networks, suspicious]]
+        asked["weights"] = [*own, *([] if witness is None else [float(witness.fc.bias[0].detach())])]
+        asked["batches"] = [next(batches).shape for _ in range(one_pass)]
+        return [0, 1], 0.3
+
+    def network(number):
+        made = SmallCNN(width=4, in_channels=1)
+        torch.nn.init.constant_(made.fc.bias, number)
+        return made
+
+    monkeypatch.setattr(teachers.Verification, "withstanding", withstanding)
+    (tmp_path / "fits").mkdir()
+    for number, name in enumerate(("first", "second", "third")):
+        save_weights(network(number).state_dict(), tmp_path / "fits" / name)
+    data = SimpleNamespace(
+        training=torch.arange(210),
+        num_classes=10,
+        images_at=lambda places: SimpleNamespace(images=torch.zeros(len(places), 1, 8, 8, dtype=torch.uint8)),
+    )
+    link = SimpleNamespace(data=data, batch=50, places=SimpleNamespace(device=lambda: torch.device("cpu")))
+    chain = SimpleNamespace(folder=tmp_path)
+    files = {0.1: "second", 0.05: "third"}
+    found = teachers._withstanding(network(7), files, "first", link, chain, 0, False)
+    assert found == {"equal": [0.1, 0.05], "left": 0.3}
+    assert asked["weights"] == [1.0, 2.0, 7.0, 0.0]
+    assert [shape[0] for shape in asked["batches"]] == [50, 50, 50, 50, 10]
+    assert teachers._withstanding(network(7), files, None, link, chain, 0, False)["equal"] == [0.1, 0.05]
+    assert asked["weights"] == [1.0, 2.0, 7.0]
+    asked.clear()
+    assert teachers._withstanding(network(7), {0.1: "second"}, None, link, chain, 0, False) == {
+        "equal": [0.1],
+        "left": 0.0,
+    }
+    assert not asked
