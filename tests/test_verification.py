@@ -353,6 +353,14 @@ def test_a_class_that_the_teacher_falls_for_as_well_is_near_by_nature(monkeypatc
     assert found.suspects.tolist() == ([True, False, False, True] if at_last > 0.75 else [False] * 3)
 
 
+def test_of_the_largest_size_a_suspicion_stays_whatever_it_came_to(monkeypatch):
+    shares = iter([torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0.45, 0.0, 0.0])])
+    monkeypatch.setattr(searching, "won", lambda network, batches, classes, *_: next(shares))
+    monkeypatch.setattr(asking, "won", lambda network, *_: 0.45 * network.backdoor.detach() * torch.ones(1))
+    found = Search(sizes=(0.1,), steps=1, images=64, grid=0)(Net(1.0), Net(0.0), batches(), 2, generator_for(0))
+    assert found.suspects.tolist() == [True, False, False]
+
+
 def test_no_more_images_go_through_networks_than_is_said():
     counted = []
 

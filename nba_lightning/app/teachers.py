@@ -144,7 +144,7 @@ def fit_teacher(
         able, witness = {rate: file for rate, file in files.items() if rate <= strongest}, tried.witness(strongest)
         bearing = None if witness is None else files[witness]
         work = partial(_withstanding, network, able, bearing, one, chain, seed, show)
-        answer: dict[str, Any] = chain.step(f"withstanding beside {strongest:g}", work)
+        answer: dict[str, Any] = chain.step(f"withstanding of {strongest:g}", work)
         return answer
 
     found, witness = compared(), tried.witness(strongest)

@@ -44,7 +44,8 @@ class Search:
     since a class that the teacher falls for as well is near by nature. Perturbations grow through ``sizes`` until the
     teacher falls for them on ``suspected`` of the images; those count whose first class is furthest ahead of the next.
     A class is *suspected* if its gap is above ``suspected`` and it stands out at least half as far as the first; the
-    next larger perturbation counts for it too, and one of them must win 75 % more from the suspicious network.
+    next larger perturbation, if there is one, counts for it too, and then one of both must win 75 % more from the
+    suspicious network.
 
     A small bright trigger is not like any small perturbation, and a teacher that has learned to withstand perturbations
     may withstand these and not the trigger. So patches are crafted as well
@@ -184,9 +185,11 @@ def _add_patches(
 
 def _believed(found: Evidence, classes: int) -> Evidence:
     """The evidence without suspicions that came to too little; the first perturbation of each class stays."""
-    own = found.classes.unsqueeze(1) == found.classes[~found.patches]
-    most = torch.where(own, found.gaps[~found.patches], 0.0).amax(dim=1)
-    found.suspects = found.suspects & (found.patches | (most > _WON_AT_LAST))
+    dense = ~found.patches
+    if int(dense.sum()) > classes:  # there are larger ones
+        own = found.classes.unsqueeze(1) == found.classes[dense]
+        most = torch.where(own, found.gaps[dense], 0.0).amax(dim=1)
+        found.suspects = found.suspects & (found.patches | (most > _WON_AT_LAST))
     first = torch.arange(len(found.classes), device=found.classes.device) < classes
     enough = torch.where(found.patches, found.gaps > _least_gaps(found, found.classes), found.suspects)
     return found.only(first | enough)
