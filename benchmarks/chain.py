@@ -126,12 +126,9 @@ class Teachers:
 
     @property
     def told(self) -> dict[str, Any]:
-        """Of the search."""
-        return dict[str, Any](self.cost.sweeps["FineTuning"])
-
-    def tell(self, **more: Any) -> None:
-        """More of the search."""
-        self.cost.sweeps["FineTuning"] |= more
+        """Of the search; what comes beyond it is added."""
+        told: dict[str, Any] = self.cost.sweeps["FineTuning"]
+        return told
 
     def try_rate(self, rate: float) -> float:
         """Fit one more; its accuracy on the held-out images."""
@@ -139,7 +136,7 @@ class Teachers:
         self.cost.add(self.fits[rate])
         path = self.fits[rate].path
         right = 0.0 if path is None else accuracy_of(self.subject, path)
-        self.tell(accuracies=self.told["accuracies"] | {f"{rate:g}": round(right, 4)})
+        self.told["accuracies"][f"{rate:g}"] = round(right, 4)
         return right
 
     def try_gentler(self) -> None:
@@ -153,17 +150,17 @@ class Teachers:
         A stronger one that lost more than ``max_loss`` bears witness to what the strongest has kept of the backdoor;
         where it has kept some, a rate between both is tried too.
         """
-        witness, strongest = self._compare(), self.told["chosen"]
-        if self.told["left"] > MAY_BE_LEFT and witness is not None:
-            subject, between = self.subject, rate_between(strongest, witness)
+        self._compare()
+        if self.told["left"] > MAY_BE_LEFT:
+            subject, between = self.subject, rate_between(self.told["chosen"], self.told["witness"])
             baseline, images = accuracy_of(subject, subject.weights), len(subject.datamodule.partition.validation)
             if keeps(self.try_rate(between), baseline, images, max_loss):
-                self.tell(chosen=between)
+                self.told["chosen"] = between
                 self._compare()
         return float(self.told["taken"])
 
-    def _compare(self) -> float | None:
-        """Ask which teachers withstand what the strongest does, and tell; the witness's rate."""
+    def _compare(self) -> None:
+        """Ask which teachers withstand what the strongest does, and what it has kept, and tell."""
         right, strongest = {float(rate): now for rate, now in self.told["accuracies"].items()}, self.told["chosen"]
         kept = [rate for rate in sorted(self.fits)[::-1] if rate <= strongest and self.fits[rate].path is not None]
         witness = witness_rate(right, strongest, self.told["baseline"])
@@ -171,26 +168,28 @@ class Teachers:
         assert isinstance(module, NBA)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         subject, size = self.subject, self.found["data"]["init_args"]["batch_size"]
-        asked = kept if witness is None else [*kept, witness]
-        networks = [subject.loaded(Path(str(self.fits[rate].path))).to(device) for rate in asked]
+
+        def fitted(rate: float) -> nn.Module:
+            return subject.loaded(Path(str(self.fits[rate].path))).to(device)
+
+        networks = [fitted(rate) for rate in kept]
         suspicious, data = subject.loaded(subject.weights).to(device), subject.datamodule
         order = data.partition.clean[shuffled(subject.images, subject.seed, 31)]
         parts = (data.source.load()[0].read(order).float() / 255).split(min(size, len(order)))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.args.precision == "bf16-mixed"):
             places, left = module.verification.withstanding(
-                networks[: len(kept)],
+                networks,
                 suspicious,
                 itertools.cycle([part.to(device) for part in parts]),
                 len(parts),
                 generator_for(subject.seed, 8, device=device),
-                None if witness is None else networks[-1],
+                None if witness is None else fitted(witness),
             )
-        if len(asked) > 1 and module.verification.can_tell(len(order)):
+        if module.verification.can_compare(len(kept), witness is not None, len(order)):
             self.cost.passes += module.verification.search.passes(data.num_classes, len(order), len(kept))
         chosen = most_accurate({kept[place]: held_out_accuracy(networks[place], data) for place in places})
         withstand = [kept[place] for place in places]
-        self.tell(withstand=withstand, witness=witness, left=round(left, 4), taken=chosen)
-        return witness
+        self.told.update(withstand=withstand, witness=witness, left=round(left, 4), taken=chosen)
 
 
 def swept(

@@ -139,15 +139,17 @@ def fit_teacher(
         for rate in gentler_rates(rates, tried.found, strongest):
             attempt(rate)
 
+    witness = tried.witness(strongest)
+    bearing = None if witness is None else tried.found[witness]["file"]
+
     def compared() -> dict[str, Any]:
-        files = {rate: found["file"] for rate, found in sorted(tried.found.items())[::-1] if found["file"] is not None}
-        able, witness = {rate: file for rate, file in files.items() if rate <= strongest}, tried.witness(strongest)
-        bearing = None if witness is None else files[witness]
+        able = {rate: found["file"] for rate, found in sorted(tried.found.items())[::-1] if rate <= strongest}
+        able = {rate: file for rate, file in able.items() if file is not None}
         work = partial(_withstanding, network, able, bearing, one, chain, seed, show)
         answer: dict[str, Any] = chain.step(f"withstanding of {strongest:g}", work)
         return answer
 
-    found, witness = compared(), tried.witness(strongest)
+    found = compared()
     if found["left"] > MAY_BE_LEFT and witness is not None:
         say(f"  that of rate {strongest:g} has kept about {100 * found['left']:.0f} % of the backdoor", show)
         attempt(rate_between(strongest, witness))
@@ -179,26 +181,28 @@ def _withstanding(
     """The rates of the teachers that withstand what the strongest one, the first, withstands, and what it has kept."""
     device = link.places.device()
     rates, verification = list(files), Verification()
-    if (len(rates) == 1 and witness is None) or not verification.can_tell(len(link.data.training)):
+    if not verification.can_compare(len(rates), witness is not None, len(link.data.training)):
         return {"equal": rates[:1], "left": 0.0}
     passes = verification.search.passes(link.data.num_classes, len(link.data.training), len(rates))
     say(f"  what do the teachers withstand? At most {passes:,} passes of an image", show)
-    networks = []
-    for file in [*files.values(), *([] if witness is None else [witness])]:
-        networks.append(copy.deepcopy(network).to(device))
-        load_weights(networks[-1], chain.folder / "fits" / file)
+
+    def fitted(file: str) -> nn.Module:
+        made = copy.deepcopy(network).to(device)
+        load_weights(made, chain.folder / "fits" / file)
+        return made
+
     seen = link.data.training[shuffled(len(link.data.training), seed, 31)][: verification.search.images]
     parts = torch.split(link.data.images_at(seen).images.to(device), link.batch)
     batches = (part.float() / 255 for part in cycle(parts))
     came = copy.deepcopy(network).to(device)
     generator = generator_for(seed, 8, device=device)
     places, left = verification.withstanding(
-        networks[: len(rates)],
+        [fitted(file) for file in files.values()],
         came,
         batches,
         len(parts),
         generator,
-        None if witness is None else networks[-1],
+        None if witness is None else fitted(witness),
     )
     return {"equal": [rates[place] for place in places], "left": left}
 

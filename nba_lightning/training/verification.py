@@ -120,6 +120,10 @@ class Verification:
         """Whether so many clean images may tell enough to go further than half of the way to the student."""
         return images >= self.least_images
 
+    def can_compare(self, teachers: int, witnessed: bool, images: int) -> bool:
+        """Whether :meth:`withstanding` has several to tell apart, and images enough to do it."""
+        return (teachers > 1 or witnessed) and self.can_tell(images)
+
     def margin_of(self, images: int) -> float:
         """The margin where there are so many clean images."""
         return self.margin * self._proportion(images)
@@ -229,7 +233,7 @@ class Verification:
             falls for, about as much as it has kept of the backdoor; 0 without a witness, or where nothing tells.
         """
         seen = one_pass * len(next(batches))
-        if not self.can_tell(seen) or (len(teachers) == 1 and witness is None):
+        if not self.can_compare(len(teachers), witness is not None, seen):
             return [0], 0.0
         evidence = self.search(suspicious, witness or teachers[0], batches, one_pass, generator)
         if not bool(evidence.suspects.any()):
