@@ -58,6 +58,15 @@ def test_a_student_without_the_backdoor_is_kept_as_it_is():
     assert all(made.rates["suspicious"][k] < made.rates["teacher"][k] + 0.2 for k in (1, 2))
 
 
+def test_it_says_what_it_is_about_since_it_may_take_longer_than_the_fit(caplog):
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        keep(Net(0.0), shares=(1.0, 0.5), direct=(0.3,))
+    told = [record.getMessage() for record in caplog.records]
+    assert [line.partition(":")[0] for line in told[:-1]] == ["Verifying"] * 4, told
+    for way, places in {"halfway": 5, "direct": 1, "over the student": 2}.items():
+        assert any(f"'{way}', {places} places" in line for line in told[1:-1])
+
+
 def test_a_student_that_fell_back_gives_up_as_much_as_it_must():
     student = Net(2000.0)
     student.steps.data += 4.0

@@ -167,6 +167,7 @@ class Verification:
         learned = {name: value.clone() for name, value in student.state_dict().items()}
         states = (teacher.state_dict(), learned, suspicious.state_dict())
         seen = one_pass * len(next(batches))
+        rank_zero_info("Verifying: looking for what only the suspicious network falls for.")
         evidence, margin = self.search(suspicious, teacher, batches, one_pass, generator, reduce), self.margin_of(seen)
         ways, furthest = {OVER: self.few}, max(self.few, default=0.0)
         sighted = bool(evidence.suspects.any())
@@ -177,6 +178,7 @@ class Verification:
         least = evidence.agreement(teacher) - _LESS_AGREEMENT
         found: list[Found] = []
         for way, shares in ways.items():
+            rank_zero_info(f"Verifying: how far one can go on the way '{way}', {len(shares)} places at most.")
             for r in shares:
                 set_at(student, place := place_on(way, r), *states)
                 if evidence.agreement(student) < least:
