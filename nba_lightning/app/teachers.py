@@ -143,8 +143,11 @@ def fit_teacher(
     bearing = None if witness is None else tried.found[witness]["file"]
 
     def compared() -> dict[str, Any]:
-        able = {rate: found["file"] for rate, found in sorted(tried.found.items())[::-1] if rate <= strongest}
-        able = {rate: file for rate, file in able.items() if file is not None}
+        able = {
+            rate: found["file"]
+            for rate, found in sorted(tried.found.items())[::-1]
+            if rate <= strongest and found["file"] is not None
+        }
         work = partial(_withstanding, network, able, bearing, one, chain, seed, show)
         answer: dict[str, Any] = chain.step(f"withstanding of {strongest:g}", work)
         return answer
