@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import build, merged
+from common import build, config, merged
 from keeping import PLAIN, Kept, Subject, check_finite, kept_fit, kind_of, lengthened, needs_teacher, teacher_config
 from torch import nn
 
@@ -20,6 +20,7 @@ from nba_lightning.training.sweep import (
     MAY_BE_LEFT,
     RATES,
     STUDENT_SHARE,
+    UNLEARNING_STEPS,
     allowed_loss,
     gentler_rates,
     keeps,
@@ -29,6 +30,7 @@ from nba_lightning.training.sweep import (
     strongest_rate,
     teachers_loss,
     teachers_mixed_share,
+    unlearning_rate,
     usual_optimizer,
     witness_rate,
 )
@@ -77,7 +79,8 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     """NBA as ``nba-lightning clean`` fits it.
 
     The teacher may lose more accuracy than the cleaned network, and the student's rate follows the teacher's. If what
-    comes of it lost too much, a teacher that did not takes its place.
+    comes of it lost too much, a teacher that did not takes its place. What reaches classes that verification suspected
+    is unlearned.
     """
     asked = lengthened(teacher_config(found), subject.images)
     asked = merged(asked, {"model": {"init_args": {"mixed_share": teachers_mixed_share(subject.images)}}})
@@ -101,7 +104,41 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
         cost.path = student.path
         if keeps(accuracy_of(subject, str(student.path)), baseline, images, MAX_LOSS):
             break
+    suspected = cost.sweeps["verification"]["suspected"]
+    if suspected:
+        unlearn(args, found, subject, teachers[cost.sweeps["FineTuning"]["taken"]], suspected, cost)
     return cost
+
+
+def unlearn(
+    args: argparse.Namespace, found: Any, subject: Subject, teacher: Kept, suspected: list[int], cost: Kept
+) -> None:
+    """Unlearn what reaches the suspected classes, and take what comes of it unless it lost too much accuracy.
+
+    Args:
+        args: what :func:`common.parser` gives.
+        found: NBA's configuration.
+        subject: the suspicious model.
+        teacher: NBA's.
+        suspected: classes.
+        cost: NBA's; the network is ``cost.path``, and what is unlearned joins it.
+    """
+    own, subset = config("defense", "unlearning"), found["data"]["init_args"]
+    steps = subject.images // min(subset["batch_size"], subject.images)
+    given = {"teacher_weights": teacher.path, "start_weights": cost.path, "classes": suspected}
+    changes = {"model": {"init_args": given}, "data": {"init_args": subset}}
+    changes["trainer"] = {"max_epochs": math.ceil(UNLEARNING_STEPS / steps)}
+    student = STUDENT_SHARE * cost.sweeps["FineTuning"]["taken"]
+    rate = unlearning_rate(student, usual_optimizer(subject.loaded(subject.weights)))
+    fit = kept_fit(args, at_rate(merged(own, changes), rate, subject), subject)
+    cost.add(fit)
+    if fit.path is None:
+        return
+    baseline, images = accuracy_of(subject, subject.weights), len(subject.datamodule.partition.validation)
+    before, after = (accuracy_of(subject, str(path)) for path in (cost.path, fit.path))
+    taken = keeps(after, baseline, images, MAX_LOSS) or after >= before
+    cost.sweeps["unlearning"] = {"taken": taken, "before": round(before, 4), "after": round(after, 4)}
+    cost.path = fit.path if taken else cost.path
 
 
 @dataclass

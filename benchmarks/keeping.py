@@ -28,7 +28,7 @@ TEACHERS = {"NBA": "teacher", "NAD": "fine_tuning"}
 """The configuration that makes the teacher of each method."""
 LEAST_STEPS = 450
 """Optimiser steps of NBA and of its teacher, as `nba-lightning clean` takes them."""
-PLAIN = ("FineTuning", "NAD", "NBA", "FTSAM", "FinePruning", "FST", "D3")
+PLAIN = ("FineTuning", "NAD", "NBA", "Unlearning", "FTSAM", "FinePruning", "FST", "D3")
 """Defences that train all weights by SGD, and are swept over the rates that NBA's teacher gets."""
 
 
@@ -148,7 +148,7 @@ def kept_fit(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
         network.to(memory_format=torch.channels_last)
     settings = _settings(found, subject.images)
     # Files lie elsewhere on another day; the key knows the weights themselves.
-    named = merged(settings, {"init_args": {"teacher_weights": None}})
+    named = merged(settings, {"init_args": {"teacher_weights": None, "start_weights": None}})
     key = fit_key(args, module, subject.datamodule, [named, subject.seed, code()])
     path, told = (args.work / "fits" / f"{key}.{kind}" for kind in ("safetensors", "json"))
     if told.exists():
@@ -158,7 +158,8 @@ def kept_fit(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     kept = Kept(str(path) if meter.finite else None, meter.passes, meter.seconds, meter.peak_memory_mib)
     if isinstance(module, NBA):
         came_back = round(module.verification.came_back, 4)
-        verified = {"kept": round(float(module.accepted), 4), "came_back": came_back, "won": module.verification.rates}
+        verified = {"kept": round(float(module.accepted), 4), "came_back": came_back}
+        verified |= {"suspected": module.verification.suspected, "won": module.verification.rates}
         kept.sweeps["verification"] = verified
     partial = path.with_name(f"{subject.name}-{key}.partial")  # two processes may make the same one
     save_weights(module.model.state_dict(), partial)

@@ -19,6 +19,7 @@ from nba_lightning.defenses import (
     SAU,
     FinePruning,
     FineTuning,
+    Unlearning,
 )
 from nba_lightning.implants import FlattenedTraining, GrondTraining, InputAwareTraining, SCARTraining, Steganography
 from nba_lightning.io.adapters import Normalized
@@ -55,6 +56,7 @@ __all__ = [
     "Normalized",
     "SCARTraining",
     "Steganography",
+    "Unlearning",
     "clean",
     "load_weights",
 ]

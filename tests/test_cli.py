@@ -52,6 +52,7 @@ NEEDS = {
     "attack/trojannn.yaml": [*SURROGATE, "--data.attack.steps", "1"],
     "attack/ftrojan.yaml": ["--data.attack.block", "8"],
     "attack/input_aware.yaml": ["--config", str(CONFIGS / "implant" / "input_aware.yaml")],
+    "defense/unlearning.yaml": ["--model.classes", "[0]"],
 }
 
 
@@ -61,7 +62,7 @@ NEEDS = {
 def test_shipped_attacks_and_defenses_run(name, tmp_path):
     kind, stem = name.removesuffix(".yaml").split("/")
     teacher = []
-    if stem in ("nad", "nba", "nba_fast"):
+    if stem in ("nad", "nba", "nba_fast", "unlearning"):
         torch.manual_seed(9)  # other weights than those of the network that the command makes
         save_weights(SmallCNN(width=16, in_channels=1).state_dict(), tmp_path / "teacher" / "w.safetensors")
         teacher = ["--model.teacher_weights", str(tmp_path / "teacher" / "w.safetensors")]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nba_lightning import ANP, BTIDBF, NAD, NBA, RNP, BackdoorDataModule, Classifier, Defense, FineTuning
+from nba_lightning import ANP, BTIDBF, NAD, NBA, RNP, BackdoorDataModule, Classifier, Defense, FineTuning, Unlearning
 from nba_lightning.attacks import BadNets, Blended
 from nba_lightning.behaviors import FSP
 from nba_lightning.callbacks import NonFiniteLossError
@@ -50,6 +50,8 @@ def build(defense, network, **kwargs):
         kwargs = {"round_epochs": 2, "mask_epochs": 1, "generator_epochs": 1, "generator_width": 4} | kwargs
     if defense is NBA:
         kwargs = {"pseudo": UniversalPerturbations(2, rms=0.2, steps=2)} | kwargs
+    if defense is Unlearning:
+        kwargs = {"classes": [0]} | kwargs
     return defense(network, **kwargs)
 
 

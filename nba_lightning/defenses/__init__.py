@@ -14,6 +14,7 @@ from nba_lightning.defenses.nba import NBA
 from nba_lightning.defenses.npd import NPD
 from nba_lightning.defenses.rnp import RNP
 from nba_lightning.defenses.sau import SAU
+from nba_lightning.defenses.unlearning import Unlearning
 
 __all__ = [
     "ANP",
@@ -30,4 +31,5 @@ __all__ = [
     "SAU",
     "FinePruning",
     "FineTuning",
+    "Unlearning",
 ]

@@ -85,8 +85,4 @@ class FineTuning(Defense):
 
     def _triggered(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """The batch, its first ``pseudo_share`` with triggers; loaders shuffle, so these are drawn at random."""
-        number = round(self.pseudo_share * len(images)) if self.pseudo is not None else 0
-        if self.pseudo is None or number == 0:
-            return images
-        triggered = images[:number] + self.pseudo(images[:number], generator=generator)
-        return torch.cat([triggered.clamp(0.0, 1.0), images[number:]]).to(images.dtype)
+        return images if self.pseudo is None else self.pseudo.put_on(images, self.pseudo_share, generator=generator)

@@ -230,11 +230,7 @@ class NBA(Distillation):
 
     def _perturbed(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """The batch `(B, C, H, W)`, its first ``pseudo_share`` as pseudo samples."""
-        number = round(self.pseudo_share * len(images))
-        if number == 0:
-            return images
-        perturbations = self.pseudo(images[:number], self.model, self.teacher_network(), generator)
-        return torch.cat([(images[:number] + perturbations).clamp(0.0, 1.0), images[number:]]).to(images.dtype)
+        return self.pseudo.put_on(images, self.pseudo_share, self.model, self.teacher_network(), generator)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """As usual; and verify with the last step, before any checkpoint is written."""

@@ -106,6 +106,21 @@ class PseudoSamples(nn.Module, ABC):
     ) -> Tensor:
         """Perturbations `(B, C, H, W)` for clean images `(B, C, H, W)` in [0, 1]; not yet clamped."""
 
+    def put_on(
+        self,
+        images: Tensor,
+        share: float,
+        student: nn.Module | None = None,
+        teacher: nn.Module | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """A batch `(B, C, H, W)` in [0, 1] whose first ``share`` are pseudo samples; loaders shuffle."""
+        number = round(share * len(images))
+        if number == 0:
+            return images
+        perturbations = self(images[:number], student, teacher, generator)
+        return torch.cat([(images[:number] + perturbations).clamp(0.0, 1.0), images[number:]]).to(images.dtype)
+
     def _ascend(self, perturbations: Tensor, gradients: Tensor, step_size: float) -> Tensor:
         """One step along the normalised gradient, then back into the ball."""
         norms = gradients.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)

@@ -1,9 +1,10 @@
-"""Which of the networks that verification looked at is kept."""
+"""Which of the networks that verification looked at is kept, and what is said of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nba_lightning.training.ways import HALFWAY, Place
+from nba_lightning.training.evidence import Evidence
+from nba_lightning.training.ways import DIRECT, HALFWAY, Place
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,37 @@ def choose(found: Sequence[Found], least_right: float, chance: float, most: floa
         return min(enough, key=lambda one: one.back, default=best)
     least = max(found[-1].right, best.right - chance, least_right)
     return next((one for one in passing if one.way == HALFWAY and one.right >= least), best)
+
+
+def sentence_of(kept: Found, evidence: Evidence) -> str:
+    """What is kept of the suspicious network, and by what evidence."""
+    came_in, taught = evidence.rates["suspicious"], evidence.rates["teacher"]
+    worst = max(range(len(came_in)), key=lambda n: came_in[n] - taught[n])
+    r, now = kept.r, evidence.rates.get(f"{kept.way} {kept.r:g}", taught)[worst]
+    means = "patches win" if bool(evidence.patches[worst]) else "small perturbations win"
+    told = (
+        f"{means} class {int(evidence.classes[worst])} {100 * came_in[worst]:.0f} % of the images from "
+        f"the suspicious network, {100 * taught[worst]:.1f} % from the teacher and {100 * now:.1f} % from the network "
+        "that is kept."
+    )
+    sighted = bool(evidence.suspects.any())
+    if not kept.passes and not sighted:
+        told += " Half of what the student learned would be safer, but lost too much accuracy."
+    elif not kept.passes:
+        told += (
+            f" That is more than may come back ({100 * kept.back:.0f} % of what tells the backdoor), but what passes "
+            "lost too much accuracy."
+        )
+    if not sighted:
+        told += " No class stands out, so a backdoor that is there would not have been seen."
+    straight = f"{100 * r:.0f} % of the way from the teacher back to the suspicious network is kept"
+    if kept.way == HALFWAY:
+        what = f"the mean of the student and of {straight}"
+    elif kept.way == DIRECT:
+        what = straight
+    elif r:
+        more = f", and {100 * (r - 1):.0f} % of the way from the student on to it" if r > 1 else ""
+        what = f"{100 * min(r, 1.0):.0f} % of what the student learned from the suspicious network is kept{more}"
+    else:
+        what = "nothing of the suspicious network is kept, what is left is the teacher"
+    return f"Verified: {what}; {told}"

@@ -50,6 +50,11 @@ class Evidence:
             return torch.zeros_like(self.suspects)
         return self.covers.flatten(1).any(dim=1)
 
+    @property
+    def suspected(self) -> list[int]:
+        """The classes that are suspected, rising."""
+        return sorted(set(self.classes[self.suspects].tolist()))
+
     def only(self, rows: Tensor) -> "Evidence":
         """Those rows `(N,)` alone, with what networks said to them."""
         kept = {name: getattr(self, name)[rows] for name in ("classes", "bank", "suspects", "taught", "gaps")}

@@ -19,6 +19,10 @@ STUDENT_SHARE = 1 / 3
 """NBA's rate as a share of its teacher's: the teacher forgets at a high rate, the student learns at a lower one."""
 FEW_IMAGES = 200
 """Clean images of which fewer are few: they tell little of what a network learned, and are soon learned by heart."""
+UNLEARNING_RATE = {"SGD": 0.005, "AdamW": 1e-4}
+"""Of unlearning what verification found, where no student's rate is lower."""
+UNLEARNING_STEPS = 200
+"""Optimiser steps of it; half as many do as well on all that it was tried on."""
 MAY_BE_LEFT = 0.1
 """Share of a backdoor that a teacher may seem to have kept by nature; 7 % at most of those that had forgotten it."""
 _LEAST_OF_WITNESS = 0.5
@@ -158,6 +162,16 @@ def witness_rate(accuracies: Mapping[float, float], strongest: float, baseline: 
     """
     least = _LEAST_OF_WITNESS * baseline
     return min((rate for rate, right in accuracies.items() if rate > strongest and right >= least), default=None)
+
+
+def unlearning_rate(student: float, optimizer: Literal["SGD", "AdamW"]) -> float:
+    """Of unlearning after a student that was fitted at a rate: no higher than that, which the network bore.
+
+    Example:
+        >>> unlearning_rate(0.017, "SGD"), unlearning_rate(0.001, "SGD")
+        (0.005, 0.001)
+    """
+    return min(student, UNLEARNING_RATE[optimizer])
 
 
 def rate_between(one: float, other: float) -> float:

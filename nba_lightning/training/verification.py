@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.pseudo.base import Reduce, same
-from nba_lightning.training.choice import Found, choose
-from nba_lightning.training.evidence import Evidence
+from nba_lightning.training.choice import Found, choose, sentence_of
 from nba_lightning.training.search import Search
 from nba_lightning.training.sweep import FEW_IMAGES, allowed_loss, least_accuracy
 from nba_lightning.training.ways import DIRECT, HALFWAY, OVER, place_on, set_at
@@ -71,6 +70,7 @@ class Verification:
 
     Attributes:
         rates: shares of the images that each perturbation and patch won, of every network that was looked at.
+        suspected: the classes that stood out.
         came_back: share of the gap that came back, where accuracy asked for what does not pass; else 0.
         sentence: what was kept, and why.
 
@@ -108,11 +108,13 @@ class Verification:
 
     def state_dict(self) -> dict[str, Any]:
         """What was found, which a fit that goes on after it cannot find again."""
-        return {"rates": self.rates, "came_back": self.came_back, "sentence": self.sentence}
+        names = ("rates", "suspected", "came_back", "sentence")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, found: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; what is missing is as before anything was looked for."""
         self.rates: dict[str, list[float]] = found.get("rates", {})
+        self.suspected: list[int] = found.get("suspected", [])
         self.came_back: float = found.get("came_back", 0.0)
         self.sentence: str = found.get("sentence", "")
 
@@ -199,7 +201,8 @@ class Verification:
         kept = choose(found, least_right, chance, self.most * self._proportion(seen))
         set_at(student, kept.place, *states)
         self.rates, self.came_back = evidence.rates, 0.0 if kept.passes else kept.back
-        self.sentence = _sentence(kept, evidence)
+        self.sentence = sentence_of(kept, evidence)
+        self.suspected = evidence.suspected
         if not self.can_tell(seen):
             self.sentence += f" {seen} clean images tell too little to look further; {self.least_images} would do."
         rank_zero_info(self.sentence)
@@ -252,36 +255,3 @@ class Verification:
 
     def _within(self, suspected: float, elsewhere: float, margin: float) -> bool:
         return suspected <= margin + 1e-6 and elsewhere <= self.margin_elsewhere + 1e-6
-
-
-def _sentence(kept: Found, evidence: Evidence) -> str:
-    came_in, taught = evidence.rates["suspicious"], evidence.rates["teacher"]
-    worst = max(range(len(came_in)), key=lambda n: came_in[n] - taught[n])
-    r, now = kept.r, evidence.rates.get(f"{kept.way} {kept.r:g}", taught)[worst]
-    means = "patches win" if bool(evidence.patches[worst]) else "small perturbations win"
-    told = (
-        f"{means} class {int(evidence.classes[worst])} {100 * came_in[worst]:.0f} % of the images from "
-        f"the suspicious network, {100 * taught[worst]:.1f} % from the teacher and {100 * now:.1f} % from the network "
-        "that is kept."
-    )
-    sighted = bool(evidence.suspects.any())
-    if not kept.passes and not sighted:
-        told += " Half of what the student learned would be safer, but lost too much accuracy."
-    elif not kept.passes:
-        told += (
-            f" That is more than may come back ({100 * kept.back:.0f} % of what tells the backdoor), but what passes "
-            "lost too much accuracy."
-        )
-    if not sighted:
-        told += " No class stands out, so a backdoor that is there would not have been seen."
-    straight = f"{100 * r:.0f} % of the way from the teacher back to the suspicious network is kept"
-    if kept.way == HALFWAY:
-        what = f"the mean of the student and of {straight}"
-    elif kept.way == DIRECT:
-        what = straight
-    elif r:
-        more = f", and {100 * (r - 1):.0f} % of the way from the student on to it" if r > 1 else ""
-        what = f"{100 * min(r, 1.0):.0f} % of what the student learned from the suspicious network is kept{more}"
-    else:
-        what = "nothing of the suspicious network is kept, what is left is the teacher"
-    return f"Verified: {what}; {told}"

@@ -1,0 +1,215 @@
+"""Unlearning what only the suspicious network falls for."""
+
+import copy
+import math
+from collections.abc import Sequence
+from itertools import chain, repeat
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from nba_lightning.callbacks.given import unless_given
+from nba_lightning.callbacks.pseudo_samples import PseudoSampleRegeneration
+from nba_lightning.core.checks import check_range, expected
+from nba_lightning.core.features import predict
+from nba_lightning.core.functional import kl_divergence
+from nba_lightning.core.modes import Frozen, evaluating
+from nba_lightning.core.randomness import generator_for
+from nba_lightning.io.batches import clean_batches, plain_batches
+from nba_lightning.io.weights import load_weights
+from nba_lightning.pseudo import ClassPatches, ClassPerturbations, Together
+from nba_lightning.training.cost import number_of_classes
+from nba_lightning.training.defense import Defense
+from nba_lightning.training.distillation import Distillation
+from nba_lightning.training.schedule import batches_of_an_epoch
+from nba_lightning.training.search import Search
+from nba_lightning.training.sweep import UNLEARNING_RATE
+
+_STEPS_OF_PSEUDO_SAMPLES = 25
+"""Steps that pseudo samples serve at least."""
+
+
+class NothingToUnlearnError(RuntimeError):
+    """No class is reached unusually easily from the suspicious network, so nothing can be unlearned."""
+
+
+class Unlearning(Distillation):
+    r"""Unlearn what the suspicious network falls for and its teacher withstands.
+
+    What verification kept (:class:`~nba_lightning.training.verification.Verification`) still falls a little for what
+    reaches a suspected class. From there on the student K minimises
+
+    .. math:: KL(S_0(x) \| K(z))
+
+    where S_0 is the suspicious network, x are clean images as the loader augments them, and z the same images, a share
+    of them as pseudo samples: small perturbations and patches for the suspected classes, crafted anew every few steps
+    so that K falls for them and the teacher T withstands. So K keeps S_0's answers whatever is on the image. It comes
+    after NBA, when a class was suspected:
+
+        nba = NBA(network, teacher=teacher)  # after its fit
+        Unlearning(network, teacher=teacher, start=nba, classes=nba.verification.suspected)
+
+    What it trains on is of the kind that verification measures with, so nothing measures afterwards what it left of a
+    trigger of another kind. Therefore it starts from what passed without it, never from further back.
+
+    Source: ours. Universal perturbations are crafted and unlearned in turn by I-BAU (Zeng et al., ICLR 2022), towards
+    any class, with labels, and without a teacher that must withstand them.
+
+    Args:
+        model: the suspicious network.
+        weights: a file with its suspicious weights; ``None`` if ``model`` has them already.
+        teacher: the teacher, of the same architecture: a network, or the defence that made it.
+        teacher_weights: a file with the teacher's weights, instead of ``teacher``.
+        start: what verification kept: a network, or the defence that made it; ``None`` for the teacher.
+        start_weights: a file with its weights, instead of ``start``.
+        classes: the suspected classes; ``None`` looks for them, which costs as much as a verification.
+        perturbations: how small perturbations are crafted; its ``classes`` are set here.
+        patches: how patches are crafted, likewise.
+        pseudo_share: share of each batch that are pseudo samples, as many of each kind.
+        search: how suspected classes are looked for.
+        lr: initial learning rate; ``None`` fits the network: SGD at 0.005, or AdamW at 0.0001 for one with layer
+            normalisation or depthwise convolutions.
+        **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
+
+    Attributes:
+        suspected: the classes that are unlearned; ``None`` before they are known.
+
+    Raises:
+        ValueError: for a share outside [0, 1], ``start`` and ``start_weights`` both, weights that do not fit; at the
+            start of a fit for a class that the network has not got.
+        NothingToUnlearnError: at the start of a fit, if no class is suspected.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: str | None = None,
+        teacher: nn.Module | None = None,
+        teacher_weights: str | None = None,
+        start: nn.Module | None = None,
+        start_weights: str | None = None,
+        classes: Sequence[int] | None = None,
+        perturbations: ClassPerturbations | None = None,
+        patches: ClassPatches | None = None,
+        pseudo_share: float = 2 / 3,
+        search: Search | None = None,
+        lr: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        rate = UNLEARNING_RATE["SGD"] if lr is None else lr
+        super().__init__(model, weights, teacher, teacher_weights, lr=rate, **kwargs)
+        if lr is None:
+            self.fit_to_network(UNLEARNING_RATE)
+        check_range("pseudo_share", pseudo_share, 0.0, 1.0, open_low=True)
+        if start is not None and start_weights is not None:
+            raise expected("start_weights", "left out where `start` is given", start_weights)
+        if classes is not None and not len(classes):
+            raise expected("classes", "at least one class, or None to look for them", list(classes))
+        perturbations = perturbations or ClassPerturbations((0.018, 0.036, 0.072), steps=8, images_each=24)
+        self.crafted = (perturbations, patches or ClassPatches(steps=8))
+        self.pseudo, self.pseudo_share = Together(self.crafted), pseudo_share
+        self.search = search or Search()
+        self.suspected = None if classes is None else sorted(classes)
+        self.suspicious = Frozen(model)
+        if start_weights is not None:
+            start = copy.deepcopy(model)
+            load_weights(start, start_weights)
+        self.start = None if start is None else Frozen(start.model if isinstance(start, Defense) else start)
+
+    def setup(self, stage: str) -> None:
+        """As usual; a fit begins with the weights of what verification kept."""
+        super().setup(stage)
+        if stage == "fit":
+            start = self.teacher_network() if self.start is None else self.start.network
+            own, other = self.model.state_dict(), start.state_dict()
+            if {name: value.shape for name, value in own.items()} != {n: v.shape for n, v in other.items()}:
+                raise expected("start", "of the suspicious network's architecture", type(start).__name__)
+            self.model.load_state_dict(other)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Craft the pseudo samples anew."""
+        return [*super().configure_callbacks(), *unless_given(self._trainer, PseudoSampleRegeneration())]
+
+    def least_epochs_of_pseudo_samples(self) -> int:
+        """As many as there are steps in which pseudo samples serve at least."""
+        return math.ceil(_STEPS_OF_PSEUDO_SAMPLES / batches_of_an_epoch(self.trainer))
+
+    def passes_of_step(self) -> float:
+        """See :meth:`Classifier.passes_of_step`: there and back, and once through the suspicious network."""
+        return 3
+
+    def passes_beside(self, epochs: int, images: int, batch: int) -> dict[str, int]:
+        """See :meth:`Classifier.passes_beside`."""
+        processes, classes = self.trainer.world_size, number_of_classes(self)
+        times = processes * math.ceil(epochs / self.least_epochs_of_pseudo_samples())
+        known = classes if self.suspected is None else len(self.suspected)
+        found = {"crafting": times * self.pseudo.passes(batch // processes, known)}
+        if self.suspected is None:
+            found["the search"] = processes * self.search.passes(classes, images // processes, 0)
+        return found
+
+    def regenerate(self) -> None:
+        """Craft perturbations and patches that the student, as it is now, falls for and the teacher withstands."""
+        generator = generator_for(self.seed, 20, self.trainer.current_epoch, device=self.device)
+        with self.trainer.precision_plugin.forward_context():
+            if self.suspected is None:
+                self.suspected = self._look()
+            self._check_classes(self.suspected)
+            for source in self.crafted:
+                source.classes, source.bank = self.suspected, torch.empty(0)  # what was unlearned leads nowhere new
+            batches = (batch.images for batch in clean_batches(self.trainer))
+            self.pseudo.regenerate(self.model, self.teacher_network(), batches, generator, self.reduce)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The divergence from the suspicious network's answers to the images without pseudo samples."""
+        images, _ = self.unpack(batch, batch_idx)
+        generator = generator_for(
+            self.seed, 21, self.trainer.global_rank, self.trainer.current_epoch, batch_idx, device=images.device
+        )
+        with torch.no_grad():
+            known = predict(self.suspicious.network, images)
+            inputs = self.pseudo.put_on(images, self.pseudo_share, self.model, self.teacher_network(), generator)
+        loss = kl_divergence(known, predict(self.model, inputs)).mean()
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As usual; and the suspected classes."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["suspected"] = self.suspected
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As usual; and take them over."""
+        super().on_load_checkpoint(checkpoint)
+        self.suspected = checkpoint.get("suspected", self.suspected)
+
+    def _look(self) -> list[int]:
+        """The classes that are reached unusually easily from the suspicious network, and not from the teacher."""
+        rank_zero_info("Looking for what only the suspicious network falls for.")
+        loader = self.trainer.train_dataloader
+        plain = chain.from_iterable(plain_batches(self.trainer, loader) for _ in repeat(None))
+        found = self.search(
+            self.suspicious.network,
+            self.teacher_network(),
+            (batch.images for batch in plain),
+            batches_of_an_epoch(self.trainer),
+            generator_for(self.seed, 8, device=self.device),
+            self.reduce,
+        ).suspected
+        if not found:
+            raise NothingToUnlearnError(
+                "No class is reached unusually easily from the suspicious network and not from the teacher, so there "
+                "is nothing to unlearn. Keep the network that the fit was to start from."
+            )
+        rank_zero_info(f"Suspected: class {', '.join(map(str, found))}.")
+        return found
+
+    def _check_classes(self, classes: Sequence[int]) -> None:
+        image = next(batch.images for batch in clean_batches(self.trainer))[:1]
+        with torch.no_grad(), evaluating(self.model):
+            number = predict(self.model, image).shape[1]
+        if min(classes) < 0 or max(classes) >= number:
+            raise expected("classes", f"from 0 to {number - 1}, the network's", list(classes))
