@@ -55,7 +55,7 @@ def clean(
     progress: bool = True,
     described: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Scan a network, make a teacher of it, align it with the teacher, scan again, report.
+    """Scan a network, make a teacher of it, align it with the teacher, unlearn what is suspected, scan again, report.
 
     Leaves ``cleaned.safetensors`` with the keys and dtypes of ``network`` (or ``rejected.safetensors``, if it lost more
     clean accuracy than ``max_loss`` and than chance), ``teacher.safetensors``, ``report.json``, ``report.html`` and
@@ -184,7 +184,7 @@ def _chain(
 def _aligned(
     run: Cleaning, teacher: dict[str, Any], teacher_steps: int, student_steps: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The student and its teacher; a gentler one where the student of the first lost too much."""
+    """The student and its teacher, a gentler one where the student of the first lost too much; and unlearning."""
     last = run.align(run.with_weights(teacher["file"]), teacher["chosen"]["rate"], student_steps)
     if last["verdict"] == "rejected" and len(run.data.held_out):
         gentler = run.teach_gentler(teacher_steps, teacher)
@@ -199,6 +199,8 @@ def _aligned(
             )
             teacher = gentler
             last = run.align(run.with_weights(teacher["file"]), teacher["chosen"]["rate"], student_steps, again=True)
+    if last["verdict"] != "rejected" and last["suspected"]:
+        last = run.unlearn(run.with_weights(teacher["file"]), last)
     if teacher["left"] > MAY_BE_LEFT:
         run.warnings.append(_LEFT.format(teacher["chosen"]["rate"], 100 * teacher["left"]))
     return teacher, run.judge_fitted(last)

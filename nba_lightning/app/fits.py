@@ -173,6 +173,8 @@ class Link:
         of_suspicious: dict[str, Any] = {}
         if isinstance(verification := getattr(module, "verification", None), Verification):
             of_suspicious = {"accepted": float(torch.as_tensor(module.accepted)), "verified": verification.sentence}
+            if verification.suspected:
+                of_suspicious["suspected"] = [self.data.classes[number] for number in verification.suspected]
         return {
             "optimiser": type(optimizer).__name__,
             "rate": float(group.get("initial_lr", group.get("lr", module.lr))),
@@ -209,7 +211,7 @@ def fit_student(
         warnings = save_pictures(chain.folder / "report", module, network, link.data)
         if module.verification.came_back:
             warnings.append(_CAME_BACK.format(100 * module.verification.came_back))
-        return {**found, "warnings": warnings}
+        return {**found, "suspected": module.verification.suspected, "warnings": warnings}
 
     found: dict[str, Any] = chain.step(link.name, work)
     shutil.rmtree(link.folder, ignore_errors=True)

@@ -17,11 +17,12 @@ from nba_lightning.app.chain import Chain, copy_file, remove_file, say
 from nba_lightning.app.fits import Link, Places, fit_student
 from nba_lightning.app.scans import run_scans, scan_cost
 from nba_lightning.app.teachers import fit_teacher, take_teacher
+from nba_lightning.app.unlearning import fit_unlearning
 from nba_lightning.callbacks.guard import Answers
 from nba_lightning.core.paired import Paired
 from nba_lightning.data.owner import CleanImages
 from nba_lightning.io.weights import load_weights
-from nba_lightning.training.sweep import teachers_loss
+from nba_lightning.training.sweep import UNLEARNING_STEPS, teachers_loss
 
 _NEXT = "Give more clean images, or allow a larger `max_loss`; or try another seed."
 
@@ -142,6 +143,16 @@ class Cleaning:
         found = fit_student(self.network, teacher, rate, link, self.chain, self.seed, self.show)
         self.warnings += [one for one in found["warnings"] if one not in self.warnings]
         return found
+
+    def unlearn(self, teacher: nn.Module, last: dict[str, Any]) -> dict[str, Any]:
+        """Unlearn what reaches the classes that verification suspected."""
+        say("5/6 and: what only the suspicious network falls for is unlearned", self.show)
+        kept, steps = "fits/student.safetensors", min(UNLEARNING_STEPS, last["chosen"]["steps"])
+        self.chain.step(
+            "keep the student", lambda: copy_file(self.chain.folder / last["file"], self.chain.folder / kept)
+        )
+        link, student = self._link("unlearning", steps, self.max_loss), self.with_weights(kept)
+        return fit_unlearning(self.network, teacher, student, last, link, self.chain, self.seed, self.show)
 
     def judge_fitted(self, last: dict[str, Any]) -> dict[str, Any]:
         """Without held-out images: reject what lost too much even on the images that it was fitted on.

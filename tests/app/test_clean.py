@@ -203,7 +203,8 @@ def test_a_rate_at_which_the_loss_becomes_infinite_is_not_taken(owner, monkeypat
 class Run:
     """A cleaning whose students lose too much at high rates, and whose gentle teacher has a given rate."""
 
-    def __init__(self, gentle, held_out=60):
+    def __init__(self, gentle, held_out=60, suspected=()):
+        self.suspected = list(suspected)
         self.gentle, self.data, self.students = gentle, SimpleNamespace(held_out=range(held_out)), []
         self.warnings = []
 
@@ -217,7 +218,10 @@ class Run:
     def align(self, teacher, rate, steps, again=False):
         assert again == bool(self.students)
         self.students.append(rate)
-        return {"verdict": "rejected" if rate > 0.05 else "accepted"}
+        return {"verdict": "rejected" if rate > 0.05 else "accepted", "suspected": self.suspected}
+
+    def unlearn(self, teacher, last):
+        return {**last, "unlearned": teacher}
 
     def judge_fitted(self, last):
         return last
@@ -241,6 +245,13 @@ def test_a_gentler_teacher_takes_over_where_the_student_lost_too_much(run, stude
     assert [one.startswith("Its student lost too much, and there is no") for one in teacher.get("tried", [])] == [
         True
     ] * none
+
+
+@pytest.mark.parametrize(("rate", "suspected", "unlearned"), [(0.05, [0], True), (0.05, [], False), (0.1, [0], False)])
+def test_what_is_suspected_is_unlearned_where_the_student_is_good(rate, suspected, unlearned):
+    teacher = {"file": "teacher", "chosen": {"rate": rate}, "verdict": "accepted", "tried": [], "left": 0.0}
+    _, last = _aligned(Run(None, suspected=suspected), teacher, 10, 10)
+    assert last.get("unlearned") == ("teacher" if unlearned else None)
 
 
 @pytest.mark.parametrize("left", [0.1, 0.22])

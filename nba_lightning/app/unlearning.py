@@ -1,0 +1,74 @@
+"""The last fit of the chain: what only the suspicious network falls for is unlearned, unless it costs too much."""
+
+import copy
+import shutil
+from typing import Any
+
+from torch import nn
+
+from nba_lightning.app.chain import Chain, copy_file, say
+from nba_lightning.app.fits import Link, optimizer_for
+from nba_lightning.callbacks import NonFiniteLossError
+from nba_lightning.defenses import Unlearning
+from nba_lightning.training.sweep import keeps, unlearning_rate, usual_optimizer
+
+
+def fit_unlearning(
+    network: nn.Module,
+    teacher: nn.Module,
+    student: nn.Module,
+    last: dict[str, Any],
+    link: Link,
+    chain: Chain,
+    seed: int,
+    show: bool,
+) -> dict[str, Any]:
+    """Unlearn what reaches the classes that are suspected, and take what comes of it unless it lost too much.
+
+    Args:
+        network: the suspicious network.
+        teacher: what the student was aligned with.
+        student: what verification kept of it.
+        last: what came of the student's fit.
+        link: of this fit.
+        chain: what is done; ``cleaned.safetensors`` in its folder is replaced.
+        seed: of this fit.
+        show: whether to print.
+
+    Returns:
+        ``last`` with what came of it.
+    """
+    rate = unlearning_rate(last["chosen"]["rate"], usual_optimizer(network))
+
+    def work() -> dict[str, Any]:
+        own: dict[str, Any] = {"teacher": teacher, "start": student, "classes": last["suspected"], "seed": seed}
+        module = Unlearning(copy.deepcopy(network), **own, **optimizer_for(network, rate))
+        say(f"  {link.cost()}", show)
+        try:
+            found = link.fit(module, link.folder / "unlearned.safetensors")
+        except NonFiniteLossError as error:
+            return {"unlearned": f"nothing: {error}"}
+        now, before = found["accuracies"].get("student"), last["accuracies"].get("student")
+        if found["verdict"] == "rejected" or not _may_replace(now, before, found["accuracies"], link.max_loss):
+            return {"unlearned": f"nothing: it cost too much accuracy. {found['sentence']}"}
+        copy_file(link.folder / found["file"], chain.folder / last["file"])
+        names = ", ".join(link.data.classes[number] for number in last["suspected"])
+        told = f"what reaches {names}, in {found['chosen']['steps']} steps at rate {rate:g}"
+        return {name: found[name] for name in ("verdict", "sentence", "accuracies", "curve")} | {"unlearned": told}
+
+    found: dict[str, Any] = chain.step(link.name, work)
+    shutil.rmtree(link.folder, ignore_errors=True)
+    say(f"  unlearned: {found['unlearned']}", show)
+    changes = {name: value for name, value in found.items() if name != "unlearned"}
+    changes["chosen"] = {**last["chosen"], "unlearned": found["unlearned"]}
+    return {**last, **changes, "curve": [*last["curve"], *found.get("curve", [])]}
+
+
+def _may_replace(
+    now: dict[str, Any] | None, before: dict[str, Any] | None, figures: dict[str, Any], max_loss: float
+) -> bool:
+    """Whether a network is right on enough held-out images, or on no fewer than the one before it."""
+    if now is None or before is None:
+        return True
+    came = figures["suspicious"]
+    return now["value"] >= before["value"] or keeps(now["value"], came["value"], came["images"], max_loss)

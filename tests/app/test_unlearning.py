@@ -1,0 +1,136 @@
+"""The last fit of ``nba-lightning clean``: what is suspected is unlearned, unless it costs too much."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
+
+from nba_lightning import NBA, Unlearning
+from nba_lightning.app import fits, unlearning
+from nba_lightning.app.cli import main
+from nba_lightning.app.unlearning import _may_replace
+from nba_lightning.core.features import predict
+from tests.app.test_clean import COMMAND, report
+
+
+class Suspecting(NBA):
+    """Suspects red, the last of the classes."""
+
+    def _verify(self):
+        super()._verify()
+        self.verification.suspected = [2]
+
+
+@pytest.fixture
+def suspecting(owner, monkeypatch):
+    monkeypatch.setattr(fits, "NBA", Suspecting)
+    return owner
+
+
+def student():
+    return load_file("cleaned/fits/student.safetensors")
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """The fits' folder stays."""
+    monkeypatch.setattr("nba_lightning.app.clean.shutil.rmtree", lambda *args, **kwargs: None)
+
+
+def test_what_reaches_a_suspected_class_is_unlearned_from_the_student_on(suspecting, kept, monkeypatch, capsys):
+    seen = []
+
+    class Watched(Unlearning):
+        def __init__(self, network, **kwargs):
+            super().__init__(network, **kwargs)
+            seen.append((kwargs["classes"], kwargs["start"].state_dict(), kwargs["teacher"].state_dict(), self.lr))
+
+    monkeypatch.setattr(unlearning, "Unlearning", Watched)
+    main([*COMMAND, "--progress=true"])
+    ((classes, start, teacher, rate),) = seen
+    assert classes == [2]
+    came, taught = student(), load_file("cleaned/teacher.safetensors")
+    assert all(torch.equal(came[name.removeprefix("network.")], value) for name, value in start.items() if "fc" in name)
+    assert all(torch.equal(taught[name.removeprefix("network.")], v) for name, v in teacher.items() if "fc" in name)
+    assert not torch.equal(load_file("cleaned/cleaned.safetensors")["fc.weight"], came["fc.weight"])
+    chosen = report()["chosen"]
+    assert rate == min(chosen["rate"], 0.005)
+    assert chosen["suspected"] == ["red"]
+    assert chosen["unlearned"] == f"what reaches red, in 20 steps at rate {rate:g}"
+    assert "perturbations and patches" in chosen["reasons"]["unlearned"]
+    assert {row["fit"] for row in report()["curves"]} >= {"unlearning"}
+    said = capsys.readouterr().out
+    assert "5/6 and: what only the suspicious network falls for is unlearned\n  20 steps of 18 images" in said
+    assert "  unlearned: what reaches red" in said
+
+
+class RuinedUnlearning(Unlearning):
+    def training_step(self, batch, batch_idx):
+        images, labels = self.unpack(batch, batch_idx)
+        return 100 * F.cross_entropy(predict(self.model, images), (labels + 1) % 3)
+
+
+class EndlessUnlearning(Unlearning):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * float("inf")
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [(RuinedUnlearning, "nothing: it cost too much accuracy. Rejected"), (EndlessUnlearning, "nothing: Expected")],
+)
+@pytest.mark.filterwarnings("ignore:Rejected")
+def test_the_student_stays_where_unlearning_ruins_it(suspecting, kept, monkeypatch, module, said):
+    monkeypatch.setattr(unlearning, "Unlearning", lambda *args, **kwargs: module(*args, **(kwargs | {"lr": 0.5})))
+    main([*COMMAND, "--student_steps=100"])
+    cleaned = load_file("cleaned/cleaned.safetensors")
+    assert all(torch.equal(cleaned[name], value) for name, value in student().items())
+    assert report()["chosen"]["unlearned"].startswith(said)
+    assert report()["accuracy"]["cleaned"]["value"] == 1.0
+    assert report()["weights"]["handed_over"] is True
+    assert not Path("cleaned/rejected.safetensors").exists()
+
+
+def test_nothing_is_unlearned_where_nothing_is_suspected(owner):
+    main(COMMAND)
+    assert "unlearned" not in report()["chosen"]
+    assert "suspected" not in report()["chosen"]
+
+
+class CtrlC(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            raise KeyboardInterrupt
+
+
+class Interrupted(Unlearning):
+    def configure_callbacks(self):
+        return [*super().configure_callbacks(), CtrlC()]
+
+
+def test_ctrl_c_keeps_the_student_and_the_command_goes_on(suspecting, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(unlearning, "Unlearning", Interrupted)
+        with pytest.raises(SystemExit) as end:
+            main(COMMAND)
+    assert end.value.code == 130
+    came = load_file("cleaned/cleaned.safetensors")
+    assert all(torch.equal(came[name], value) for name, value in student().items())
+    assert "student of" in str(json.loads(Path("cleaned/state.json").read_text())["done"].keys())
+    main(COMMAND)
+    assert report()["chosen"]["unlearned"].startswith("what reaches red")
+    assert not torch.equal(load_file("cleaned/cleaned.safetensors")["fc.weight"], came["fc.weight"])
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "replaces"),
+    [(0.76, 0.8, True), (0.74, 0.8, False), (0.74, 0.74, True), (0.73, 0.74, False), (None, None, True)],
+)
+def test_it_may_lose_what_the_owner_can_do_without_and_no_more_than_the_student_lost(now, before, replaces):
+    now, before = ({"value": value, "images": 1000} if value else None for value in (now, before))
+    figures = {"suspicious": {"value": 0.8, "images": 1000}}
+    assert _may_replace(now, before, figures, 0.05) is replaces
