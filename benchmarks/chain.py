@@ -24,6 +24,7 @@ from nba_lightning.training.sweep import (
     allowed_loss,
     gentler_rates,
     keeps,
+    may_replace,
     most_accurate,
     next_rate,
     rate_between,
@@ -136,7 +137,7 @@ def unlearn(
         return
     baseline, images = accuracy_of(subject, subject.weights), len(subject.datamodule.partition.validation)
     before, after = (accuracy_of(subject, str(path)) for path in (cost.path, fit.path))
-    taken = keeps(after, baseline, images, MAX_LOSS) or after >= before
+    taken = may_replace(after, before, baseline, images, MAX_LOSS)
     cost.sweeps["unlearning"] = {"taken": taken, "before": round(before, 4), "after": round(after, 4)}
     cost.path = fit.path if taken else cost.path
 

@@ -106,6 +106,35 @@ def test_where_a_witness_shows_a_backdoor_a_rate_between_is_tried(monkeypatch, l
     assert told["chosen"] == taken
 
 
+@pytest.mark.parametrize(("after", "path"), [(0.77, "unlearned"), (0.74, "student"), (None, "student")])
+def test_what_is_suspected_is_unlearned_from_the_student_on_unless_it_costs_too_much(monkeypatch, after, path):
+    import chain
+    from common import config
+    from keeping import Kept, Subject
+
+    right = {"suspicious": 0.8, "student": 0.78, "unlearned": after}
+    data = SimpleNamespace(partition=SimpleNamespace(validation=range(1000), clean=range(300)))
+    spec = {"class_path": "nba_lightning.networks.SmallCNN", "init_args": {"width": 4}}
+    subject = Subject("cell", spec, "suspicious", data, 0)
+    asked = []
+
+    def fit(args, found, subject):
+        asked.append(found)
+        return Kept(after and "unlearned", passes=10)
+
+    monkeypatch.setattr(chain, "kept_fit", fit)
+    monkeypatch.setattr(chain, "accuracy_of", lambda subject, path: right[path])
+    monkeypatch.setattr(Subject, "loaded", lambda self, weights: SmallCNN(width=4))
+    cost = Kept("student", passes=5, sweeps={"FineTuning": {"taken": 0.006}})
+    chain.unlearn(None, config("defense", "nba"), subject, Kept("teacher"), [3], cost)
+    given = asked[0]["model"]["init_args"]
+    assert (given["start_weights"], given["teacher_weights"], given["classes"]) == ("student", "teacher", [3])
+    assert given["lr"] == pytest.approx(0.002)
+    assert asked[0]["trainer"]["max_epochs"] * (300 // 50) >= 200
+    assert (cost.path, cost.passes) == (path, 15)
+    assert cost.sweeps.get("unlearning", {}).get("taken") == (after and path == "unlearned")
+
+
 def test_what_is_there_is_kept_and_a_model_that_is_given_is_taken(run, tmp_path):
     folder, settings = run
     times = {path: path.stat().st_mtime_ns for path in (folder / "r").iterdir()}

@@ -12,6 +12,7 @@ from nba_lightning.training.sweep import (
     allowed_loss,
     gentler_rates,
     keeps,
+    may_replace,
     next_rate,
     strongest_rate,
     teachers_loss,
@@ -129,3 +130,10 @@ def test_the_teacher_may_lose_more_since_the_student_learns_back():
 
 def test_a_teacher_of_few_images_sees_half_of_them_mixed():
     assert [teachers_mixed_share(images) for images in (10, 199, 200, 2250)] == [0.5, 0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "may"), [(0.76, 0.8, True), (0.74, 0.8, False), (0.74, 0.74, True), (0.73, 0.74, False)]
+)
+def test_who_takes_a_place_may_lose_what_the_owner_can_do_without_or_no_more_than_was_lost_before(now, before, may):
+    assert may_replace(now, before, 0.8, 1000, 0.05) is may

@@ -10,7 +10,7 @@ from nba_lightning.app.chain import Chain, copy_file, say
 from nba_lightning.app.fits import Link, optimizer_for
 from nba_lightning.callbacks import NonFiniteLossError
 from nba_lightning.defenses import Unlearning
-from nba_lightning.training.sweep import keeps, unlearning_rate, usual_optimizer
+from nba_lightning.training.sweep import may_replace, unlearning_rate, usual_optimizer
 
 
 def fit_unlearning(
@@ -48,8 +48,7 @@ def fit_unlearning(
             found = link.fit(module, link.folder / "unlearned.safetensors")
         except NonFiniteLossError as error:
             return {"unlearned": f"nothing: {error}"}
-        now, before = found["accuracies"].get("student"), last["accuracies"].get("student")
-        if found["verdict"] == "rejected" or not _may_replace(now, before, found["accuracies"], link.max_loss):
+        if found["verdict"] == "rejected" or not _good(found["accuracies"], last["accuracies"], link.max_loss):
             return {"unlearned": f"nothing: it cost too much accuracy. {found['sentence']}"}
         copy_file(link.folder / found["file"], chain.folder / last["file"])
         names = ", ".join(link.data.classes[number] for number in last["suspected"])
@@ -64,11 +63,9 @@ def fit_unlearning(
     return {**last, **changes, "curve": [*last["curve"], *found.get("curve", [])]}
 
 
-def _may_replace(
-    now: dict[str, Any] | None, before: dict[str, Any] | None, figures: dict[str, Any], max_loss: float
-) -> bool:
-    """Whether a network is right on enough held-out images, or on no fewer than the one before it."""
-    if now is None or before is None:
+def _good(figures: dict[str, Any], before: dict[str, Any], max_loss: float) -> bool:
+    """Whether it may take the student's place, as far as held-out images tell."""
+    if "student" not in figures or "student" not in before:
         return True
     came = figures["suspicious"]
-    return now["value"] >= before["value"] or keeps(now["value"], came["value"], came["images"], max_loss)
+    return may_replace(figures["student"]["value"], before["student"]["value"], came["value"], came["images"], max_loss)

@@ -99,6 +99,19 @@ def keeps(accuracy: float, baseline: float, images: int, max_loss: float = 0.05)
     return accuracy >= least_accuracy(baseline, images, max_loss)
 
 
+def may_replace(now: float, before: float, baseline: float, images: int, max_loss: float = 0.05) -> bool:
+    """Whether a network may take the place of the one that it was fitted from.
+
+    Args:
+        now: its accuracy on the held-out images, in [0, 1].
+        before: that of the other one.
+        baseline: that of the suspicious network.
+        images: their number.
+        max_loss: what the owner can do without.
+    """
+    return now >= before or keeps(now, baseline, images, max_loss)
+
+
 def next_rate(rates: Iterable[float], kept: Mapping[float, bool]) -> float | None:
     """Which rate of a sweep to try next: the middle one of those that may still be the strongest that can be afforded.
 

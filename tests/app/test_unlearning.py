@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from nba_lightning import NBA, Unlearning
 from nba_lightning.app import fits, unlearning
 from nba_lightning.app.cli import main
-from nba_lightning.app.unlearning import _may_replace
+from nba_lightning.app.unlearning import _good
 from nba_lightning.core.features import predict
 from tests.app.test_clean import COMMAND, report
 
@@ -126,11 +126,10 @@ def test_ctrl_c_keeps_the_student_and_the_command_goes_on(suspecting, monkeypatc
     assert not torch.equal(load_file("cleaned/cleaned.safetensors")["fc.weight"], came["fc.weight"])
 
 
-@pytest.mark.parametrize(
-    ("now", "before", "replaces"),
-    [(0.76, 0.8, True), (0.74, 0.8, False), (0.74, 0.74, True), (0.73, 0.74, False), (None, None, True)],
-)
-def test_it_may_lose_what_the_owner_can_do_without_and_no_more_than_the_student_lost(now, before, replaces):
-    now, before = ({"value": value, "images": 1000} if value else None for value in (now, before))
-    figures = {"suspicious": {"value": 0.8, "images": 1000}}
-    assert _may_replace(now, before, figures, 0.05) is replaces
+def test_figures_of_held_out_images_decide_where_there_are_any():
+    def figures(value):
+        return {"student": {"value": value}, "suspicious": {"value": 0.8, "images": 1000}}
+
+    assert _good(figures(0.76), figures(0.8), 0.05)
+    assert not _good(figures(0.76), figures(0.8), 0.03)
+    assert _good({}, {}, 0.05)
