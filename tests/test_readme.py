@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
 from nba_lightning.training.search import Search
+from nba_lightning.training.verification import Verification
 from tests.app.conftest import write_images
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -49,8 +50,8 @@ def names(tmp_path, monkeypatch):
     }
 
 
-def test_there_are_four_and_they_are_short():
-    assert len(EXAMPLES) == 4
+def test_there_are_five_and_they_are_short():
+    assert len(EXAMPLES) == 5
     assert all(len(example.splitlines()) <= 30 for example in EXAMPLES)
 
 
@@ -58,23 +59,39 @@ def test_the_guarded_fit_runs_and_goes_on(names, tmp_path, capsys):
     write_images(tmp_path / "clean", 20, size=16)
     names["suspicious_network"] = resnet18(num_classes=3)
     with pytest.warns(UserWarning, match="With so few images the guard cannot know"):
-        exec(EXAMPLES[3], names)
+        exec(EXAMPLES[4], names)
     assert names["trainer"].global_step == 2
     assert list((tmp_path / "runs" / "teacher").glob("last.ckpt"))
     assert capsys.readouterr().out.startswith("unknown With so few images")
     names["suspicious_network"] = resnet18(num_classes=3)
-    exec(EXAMPLES[3], names)
+    exec(EXAMPLES[4], names)
     assert names["trainer"].ckpt_path.endswith("last.ckpt")
 
 
-@pytest.mark.parametrize("index", range(3), ids=["torchvision", "timm", "lightning"])
+def test_what_was_suspected_is_unlearned(names, monkeypatch):
+    keep = Verification.keep
+
+    def suspecting(self, *args):
+        share = keep(self, *args)
+        self.suspected = [3]
+        return share
+
+    monkeypatch.setattr(Verification, "keep", suspecting)
+    exec(EXAMPLES[1], names)
+    assert names["unlearning"].suspected == [3]
+    assert names["cleaned"] is names["unlearning"].model
+    assert not torch.equal(names["cleaned"].fc.weight, names["nba"].model.fc.weight)
+    assert torch.equal(names["unlearning"].start.network.fc.weight, names["nba"].model.fc.weight)
+
+
+@pytest.mark.parametrize("index", [0, 2, 3], ids=["torchvision", "timm", "lightning"])
 def test_examples_run_as_they_stand(index, names):
     before = {name: value.clone() for name, value in names["suspicious_network"].state_dict().items()}
     exec(EXAMPLES[index], names)
     network = names.get("network", names["suspicious_network"])
     state = network.state_dict()
     assert all(torch.isfinite(value).all() for value in state.values())
-    if index == 2:
+    if index == 3:
         assert any(not torch.equal(value, before[name]) for name, value in state.items())
         assert names["module"].pseudo.bank.abs().max() > 0
     else:

@@ -16,7 +16,7 @@ from nba_lightning.callbacks.pseudo_samples import PseudoSampleRegeneration
 from nba_lightning.core.checks import check_range, expected
 from nba_lightning.core.features import predict
 from nba_lightning.core.functional import kl_divergence
-from nba_lightning.core.modes import Frozen, evaluating
+from nba_lightning.core.modes import Frozen, evaluating, fingerprint
 from nba_lightning.core.randomness import generator_for
 from nba_lightning.io.batches import clean_batches, plain_batches
 from nba_lightning.io.weights import load_weights
@@ -49,7 +49,7 @@ class Unlearning(Distillation):
     so that K falls for them and the teacher T withstands. So K keeps S_0's answers whatever is on the image. It comes
     after NBA, when a class was suspected:
 
-        nba = NBA(network, teacher=teacher)  # after its fit
+        nba = NBA(copy.deepcopy(network), teacher=teacher)  # after its fit
         Unlearning(network, teacher=teacher, start=nba, classes=nba.verification.suspected)
 
     What it trains on is of the kind that verification measures with, so nothing measures afterwards what it left of a
@@ -78,8 +78,8 @@ class Unlearning(Distillation):
         suspected: the classes that are unlearned; ``None`` before they are known.
 
     Raises:
-        ValueError: for a share outside [0, 1], ``start`` and ``start_weights`` both, weights that do not fit; at the
-            start of a fit for a class that the network has not got.
+        ValueError: for a share outside (0, 1], ``start`` and ``start_weights`` both, weights that do not fit; at the
+            start of a fit for a class that the network has not got, or a ``start`` with the suspicious weights.
         NothingToUnlearnError: at the start of a fit, if no class is suspected.
     """
 
@@ -127,6 +127,12 @@ class Unlearning(Distillation):
             own, other = self.model.state_dict(), start.state_dict()
             if {name: value.shape for name, value in own.items()} != {n: v.shape for n, v in other.items()}:
                 raise expected("start", "of the suspicious network's architecture", type(start).__name__)
+            if fingerprint(start) == fingerprint(self.suspicious.network):
+                raise expected(
+                    "start",
+                    "another network than the suspicious one (NBA trains what it is given: give it `copy.deepcopy`)",
+                    "one with the same weights",
+                )
             self.model.load_state_dict(other)
 
     def configure_callbacks(self) -> list[Callback]:

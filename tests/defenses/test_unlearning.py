@@ -177,5 +177,7 @@ def test_bad_arguments_of_unlearning(network, trainer, clean_digits):
         made(network, classes=[])
     with pytest.raises(ValueError, match="`classes` to be from 0 to 9, the network's, but got \\[12\\]"):
         trainer().fit(made(network, classes=[12]), clean_digits)
+    with pytest.raises(ValueError, match=r"`start` to be another network than the suspicious one \(NBA trains what it"):
+        trainer().fit(made(network, start=network), clean_digits)
     with pytest.raises(ValueError, match="`start` to be of the suspicious network's architecture"):
         trainer().fit(made(network, start=SmallCNN(width=8, in_channels=1)), clean_digits)
