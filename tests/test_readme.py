@@ -11,6 +11,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
+from nba_lightning.defenses import unlearning
+from nba_lightning.pseudo import ClassPatches, ClassPerturbations
 from nba_lightning.training.search import Search
 from nba_lightning.training.verification import Verification
 from tests.app.conftest import write_images
@@ -32,7 +34,8 @@ def names(tmp_path, monkeypatch):
         fit(self, *args, max_epochs=max_epochs, limit_train_batches=1, **quiet, **kwargs)
 
     monkeypatch.setattr(pl.Trainer, "__init__", short)
-    quick = partialmethod(Search.__init__, sizes=(0.018,), steps=1, images_each=1, images=64, images_elsewhere=64)
+    least = {"sizes": (0.018,), "steps": 1, "images_each": 1, "images": 64, "images_elsewhere": 64, "grid": 0}
+    quick = partialmethod(Search.__init__, **least)
     monkeypatch.setattr(Search, "__init__", quick)
     torch.manual_seed(0)
     images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
@@ -77,6 +80,8 @@ def test_what_was_suspected_is_unlearned(names, monkeypatch):
         return share
 
     monkeypatch.setattr(Verification, "keep", suspecting)
+    monkeypatch.setattr(unlearning, "ClassPerturbations", lambda *args, **kwargs: ClassPerturbations((0.018,), 1, 1))
+    monkeypatch.setattr(unlearning, "ClassPatches", lambda *args, **kwargs: ClassPatches(2, 1, 1))
     exec(EXAMPLES[1], names)
     assert names["unlearning"].suspected == [3]
     assert names["cleaned"] is names["unlearning"].model
