@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from safetensors.torch import load_file
 from nba_lightning import NBA, Unlearning
 from nba_lightning.app import fits, unlearning
 from nba_lightning.app.cli import main
-from nba_lightning.app.unlearning import _good
+from nba_lightning.app.unlearning import _good, fit_unlearning
 from nba_lightning.core.features import predict
+from nba_lightning.networks import SmallCNN
 from tests.app.test_clean import COMMAND, report
+from tests.helpers import drifted
 
 
 class Suspecting(NBA):
@@ -124,6 +127,39 @@ def test_ctrl_c_keeps_the_student_and_the_command_goes_on(suspecting, monkeypatc
     main(COMMAND)
     assert report()["chosen"]["unlearned"].startswith("what reaches red")
     assert not torch.equal(load_file("cleaned/cleaned.safetensors")["fc.weight"], came["fc.weight"])
+
+
+@pytest.mark.parametrize(
+    ("verdict", "right", "taken"), [("accepted", 0.79, True), ("rejected", 0.79, False), ("accepted", 0.7, False)]
+)
+def test_it_takes_the_student_s_place_if_neither_guard_nor_accuracy_speaks_against_it(tmp_path, verdict, right, taken):
+    figures = {"student": {"value": right}, "suspicious": {"value": 0.8, "images": 1000}}
+
+    class Link(SimpleNamespace):
+        def fit(self, module, to):
+            to.parent.mkdir()
+            to.write_text("unlearned")
+            return {"verdict": verdict, "sentence": "So.", "accuracies": figures, "curve": [2], "file": to.name} | {
+                "chosen": {"steps": 9}
+            }
+
+        def cost(self):
+            return "cheap"
+
+    data = SimpleNamespace(classes=["a", "b"])
+    link = Link(name="unlearning", folder=tmp_path / "fit", data=data, max_loss=0.05)
+    chain = SimpleNamespace(folder=tmp_path, step=lambda name, work: work())
+    (tmp_path / "cleaned.safetensors").write_text("student")
+    last = {"chosen": {"rate": 0.1}, "suspected": [1], "accuracies": {"student": {"value": 0.8}}, "curve": [1]}
+    last |= {"file": "cleaned.safetensors", "sentence": "Before."}
+    network = SmallCNN(width=4, in_channels=1)
+    found = fit_unlearning(network, drifted(network), drifted(network, seed=2), last, link, chain, 0, False)
+    assert (tmp_path / "cleaned.safetensors").read_text() == ("unlearned" if taken else "student")
+    assert found["curve"] == ([1, 2] if taken else [1])
+    assert found["sentence"] == ("So." if taken else "Before.")
+    told = "what reaches b, in 9 steps at rate 0.005" if taken else "nothing: it cost too much accuracy. So."
+    assert found["chosen"] == {"rate": 0.1, "unlearned": told}
+    assert not link.folder.exists()
 
 
 def test_figures_of_held_out_images_decide_where_there_are_any():

@@ -84,8 +84,7 @@ def test_pseudo_samples_are_for_the_suspected_classes_and_begin_anew(network, tr
     for kind in range(2):
         assert torch.equal(first[kind][1], still[kind][1])
         assert not torch.equal(first[kind][1], new[kind][1])
-    # One step on fresh noise is unlike one step on what was there before.
-    assert float((new[0][1] - first[0][1]).norm()) > 0.5 * float(first[0][1].norm())
+    assert (new[1][1] - still[1][1]).abs().max() > 0.2  # where its one step of 0.15 does not lead from what was there
 
 
 @pytest.mark.parametrize(("classes", "known"), [([3], 1), (None, 10)])
@@ -133,8 +132,8 @@ def test_what_came_back_is_found_and_unlearned(trainer):
     module = Unlearning(copy.deepcopy(network), teacher=teacher, start=start)
     after = rates(trainer, fit(module, clean, 8, trainer), clean)
     assert module.suspected == [0]
-    assert after[1] < 0.1
-    assert after[2] > before[2] + 0.3
+    assert after[1] < before[1] / 2
+    assert after[2] > before[2] + 0.2
     assert after[0] > before[0]
 
 
@@ -159,6 +158,33 @@ def test_a_fit_that_goes_on_knows_the_suspected_classes_and_ends_alike(network, 
     assert torch.equal(half.crafted[1].bank, whole.crafted[1].bank)
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(half.model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("ends", ["as planned", "early"])
+def test_half_of_the_way_is_kept_once_in_the_last_checkpoint_too(ends, network, trainer, clean_digits, tmp_path):
+    class Look(Callback):
+        def on_train_batch_end(self, runner, module, *args):
+            if runner.global_step == 5 and ends == "early":
+                runner.should_stop = True
+
+    parts = {"teacher": drifted(network), "start": drifted(network, seed=8)}
+    epochs = 2 if ends == "as planned" else 3
+    whole, half = (made(copy.deepcopy(network), **parts, kept=kept) for kept in (1.0, 0.5))
+    trainer(max_epochs=epochs, callbacks=[Look()]).fit(whole, clean_digits)
+    runner = trainer(max_epochs=epochs, callbacks=[Look()], enable_checkpointing=True)
+    runner.fit(half, clean_digits)
+    begin, far, kept = (one.state_dict() for one in (parts["start"], whole.model, half.model))
+    assert not torch.equal(begin["fc.weight"], far["fc.weight"])
+    for name, value in kept.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (begin[name] + far[name]) / 2)
+    if ends == "as planned":
+        saved = torch.load(runner.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
+        assert torch.equal(saved["model.fc.weight"], kept["fc.weight"])
+        again = made(copy.deepcopy(network), **parts)
+        path = runner.checkpoint_callback.best_model_path
+        trainer(max_epochs=epochs).fit(again, clean_digits, ckpt_path=path, weights_only=True)
+        assert torch.equal(again.model.fc.weight, kept["fc.weight"])
 
 
 def test_its_rate_fits_the_network_and_is_no_higher_than_the_student_s(network):
