@@ -48,8 +48,9 @@ class Unlearning(Distillation):
     where S_0 is the suspicious network, x are clean images as the loader augments them, and z the same images, a share
     of them as pseudo samples: small perturbations and patches for the suspected classes, crafted anew every few steps
     so that K falls for them and the teacher T withstands. So K keeps S_0's answers whatever is on the image. When the
-    fit ends, ``kept`` of the way from where it started to where it came is gone, weights and BatchNorm statistics
-    alike: half of it forgets nearly as much, and loses less accuracy. It comes after NBA, when a class was suspected:
+    fit ends, the network goes back to ``kept`` of the way from where it started to where it came, by weights and
+    BatchNorm statistics: half of the way forgets nearly as much, and loses less accuracy. It comes after NBA, when a
+    class was suspected:
 
         nba = NBA(copy.deepcopy(network), teacher=teacher)  # after its fit
         Unlearning(network, teacher=teacher, start=nba, classes=nba.verification.suspected)
@@ -71,7 +72,7 @@ class Unlearning(Distillation):
         perturbations: how small perturbations are crafted; its ``classes`` are set here.
         patches: how patches are crafted, likewise.
         pseudo_share: share of each batch that are pseudo samples, as many of each kind.
-        kept: share of the way that is gone, in (0, 1].
+        kept: share of the way that the network keeps, in (0, 1].
         search: how suspected classes are looked for.
         lr: initial learning rate; ``None`` fits the network: SGD at 0.005, or AdamW at 0.0001 for one with layer
             normalisation or depthwise convolutions.

@@ -31,11 +31,12 @@ from nba_lightning import (
     FinePruning,
     FineTuning,
     InputAwareTraining,
+    Unlearning,
 )
 from nba_lightning.attacks import LC, BadNets, InputAware, TrojanNN
 from nba_lightning.defenses.nba import Terms
 from nba_lightning.networks import SmallCNN
-from nba_lightning.pseudo import UniversalPerturbations
+from nba_lightning.pseudo import ClassPatches, ClassPerturbations, UniversalPerturbations
 from tests.helpers import lively
 
 GLOBAL_BATCH = 24
@@ -181,7 +182,20 @@ def anp_by_batch(folder, world):
     return {f"mask{i}": mask.detach() for i, mask in enumerate(anp.masks)}
 
 
+def unlearning(folder, world):
+    """Which images are pseudo samples, and of which row of the bank, depends on the split."""
+    parts = {"perturbations": ClassPerturbations((0.1,), 2, 4), "patches": ClassPatches(2, 2, 2)}
+    defense = Unlearning(network(), teacher=teacher(), classes=[0, 3], **parts)
+    trainer(folder, world).fit(defense, data(world))
+    return {
+        **defense.model.state_dict(),
+        "perturbations": parts["perturbations"].bank,
+        "patches": parts["patches"].bank,
+    }
+
+
 AGREE = {
+    "unlearning": unlearning,
     "input_aware": input_aware,
     "trojannn": optimised(lambda: TrojanNN(network(SmallCNN).eval(), steps=3)),
     "lc": optimised(lambda: LC(network(SmallCNN).eval(), steps=2)),
