@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from nba_lightning import BTIDBF, IBAU, NBA, BackdoorDataModule
+from nba_lightning import BTIDBF, IBAU, NBA, BackdoorDataModule, Unlearning
 from nba_lightning.attacks.base import CROSS, POISONED
 from nba_lightning.core import randomness
 from nba_lightning.core.augmentation import RandomCropFlip
@@ -73,6 +73,9 @@ def test_a_step_and_its_gradient_are_all_on_the_device(defense, network, trainer
         module.perturbation = torch.zeros(1, 1, 8, 8)
     if isinstance(module, NBA):
         module.pseudo = TriggerFamilies()
+    if isinstance(module, Unlearning):
+        for source in module.crafted:
+            source.bank = torch.zeros(16, 1, 8, 8)
     if isinstance(module, BTIDBF):
         module.inversion = Inversion(lambda images: images, None)
     images, labels = (part.to(META) for part in batch(16))
