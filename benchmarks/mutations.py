@@ -17,7 +17,7 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("anp: masks above 1", "training/neuron_masks.py", "mask.clamp_(0.0, 1.0)", "mask.clamp_(0.0)", "defenses/anp"),
     ("anp: prunes at the threshold", "defenses/anp.py", "gone = mask < self.threshold", "gone = mask <= self.threshold", "defenses/anp"),
     ("anp: a pruned channel loses its bias", "defenses/anp.py", "self.norm(name).weight[gone] = 0.0", "self.norm(name).weight[gone] = self.norm(name).bias[gone] = 0.0", "defenses/anp"),
-    ("anp: prunes a step late", "training/neuron_masks.py", "self.trainer.global_step + 1 == self", "self.trainer.global_step == self", "defenses/anp"),
+    ("anp: prunes a step late", "training/classifier.py", "self.trainer.global_step + 1 == self", "self.trainer.global_step == self", "defenses/anp"),
     ("anp: learns statistics", "defenses/anp.py", "with frozen_statistics(self.model):", "with torch.enable_grad():", "defenses/anp"),
     # Fine-tuning with sharpness-aware minimisation.
     ("ft-sam: not adaptive", "training/sharpness.py", "(rho / norm) * size * w for size", "(rho / norm) * w for size", "defenses/ft_sam"),
@@ -164,10 +164,10 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("nba: KL(student || teacher)", "defenses/nba.py", "kl_divergence(benign, logits)", "kl_divergence(logits, benign)", "defenses/nba"),
     ("nba: KL(student || suspicious)", "defenses/nba.py", "kl_divergence(known, logits)", "kl_divergence(logits, known)", "defenses/nba"),
     ("nba: alignment without weight", "defenses/nba.py", "weights.alignment * apart", "apart", "defenses/nba"),
-    ("nba: starts from the suspicious network", "defenses/nba.py", "            self.model.load_state_dict(other)", "            pass", "defenses/nba"),
+    ("nba: starts from the suspicious network", "defenses/nba.py", 'self._begin_with("teacher", "the student\'s", self.teacher_network())', "pass", "defenses/nba"),
     ("nba: no image is a pseudo sample", "pseudo/base.py", "(images[:number] + perturbations)", "(images[:number] + 0 * perturbations)", "defenses/nba"),
     # Unlearning.
-    ("unlearning: starts from the suspicious network", "defenses/unlearning.py", "self.model.load_state_dict(other)", "pass", "defenses/unlearning"),
+    ("unlearning: starts from the suspicious network", "defenses/unlearning.py", 'self._begin_with("start", "the suspicious network\'s", start)', "pass", "defenses/unlearning"),
     ("unlearning: keeps its own answers", "defenses/unlearning.py", "known = predict(self.suspicious.network, images)", "known = predict(self.model, images)", "defenses/unlearning"),
     ("unlearning: pseudo samples go on from what was unlearned", "defenses/unlearning.py", "source.classes, source.bank = self.suspected, torch.empty(0)", "source.classes = self.suspected", "defenses/unlearning"),
     ("unlearning: for all classes", "defenses/unlearning.py", "source.classes, source.bank = self.suspected,", "source.bank =", "defenses/unlearning"),
@@ -183,9 +183,9 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("unlearning: nothing is unlearned", "app/clean.py", 'last["verdict"] != "rejected" and last["suspected"]', "False", "app/clean"),
     ("nba: pseudo samples leave the range", "pseudo/base.py", "(images[:number] + perturbations).clamp(0.0, 1.0)", "(images[:number] + perturbations)", "defenses/nba"),
     ("nba: labels of mixed images", "defenses/nba.py", "plain = len(images) - mixed", "plain = len(images)", "defenses/nba"),
-    ("nba: never verified", "defenses/nba.py", "if self.trainer.global_step + 1 == self.trainer.estimated_stepping_batches:", "if False:", "defenses/nba"),
+    ("nba: never verified", "defenses/nba.py", "if self.was_last_step():", "if False:", "defenses/nba"),
     ("nba: an early end keeps what was learned", "defenses/nba.py", "if self.accepted < 0 and self.suspicious is not None:", "if False:", "defenses/nba"),
-    ("nba: verified on augmented images", "defenses/nba.py", "plain_batches(self.trainer, loader) for", "clean_batches(self.trainer) for", "defenses/nba"),
+    ("nba: verified on augmented images", "defenses/nba.py", "plain_images(self.trainer),", "(batch.images for batch in clean_batches(self.trainer)),", "defenses/nba"),
     ("nba: held-out images have no number", "defenses/nba.py", "(found.accuracy().value, len(found.labels))", "(found.accuracy().value, 0)", "defenses/nba"),
     # What is kept of the suspicious network.
     ("verification: the least accurate is kept", "training/choice.py", "best = max(passing", "best = min(passing", "verification"),

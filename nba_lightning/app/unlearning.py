@@ -40,6 +40,9 @@ def fit_unlearning(
     """
     rate = unlearning_rate(last["chosen"]["rate"], usual_optimizer(network))
 
+    def nothing(why: str) -> dict[str, Any]:
+        return {"chosen": {**last["chosen"], "unlearned": f"nothing: {why}"}, "curve": []}
+
     def work() -> dict[str, Any]:
         own: dict[str, Any] = {"teacher": teacher, "start": student, "classes": last["suspected"], "seed": seed}
         module = Unlearning(copy.deepcopy(network), **own, **optimizer_for(network, rate))
@@ -47,20 +50,19 @@ def fit_unlearning(
         try:
             found = link.fit(module, link.folder / "unlearned.safetensors")
         except NonFiniteLossError as error:
-            return {"unlearned": f"nothing: {error}"}
+            return nothing(str(error))
         if found["verdict"] == "rejected" or not _good(found["accuracies"], last["accuracies"], link.max_loss):
-            return {"unlearned": f"nothing: it cost too much accuracy. {found['sentence']}"}
+            return nothing(f"it cost too much accuracy. {found['sentence']}")
         copy_file(link.folder / found["file"], chain.folder / last["file"])
         names = ", ".join(link.data.classes[number] for number in last["suspected"])
         told = f"what reaches {names}, in {found['chosen']['steps']} steps at rate {rate:g}"
-        return {name: found[name] for name in ("verdict", "sentence", "accuracies", "curve")} | {"unlearned": told}
+        kept = {name: found[name] for name in ("verdict", "sentence", "accuracies", "curve")}
+        return {**kept, "chosen": {**last["chosen"], "unlearned": told}}
 
     found: dict[str, Any] = chain.step(link.name, work)
     shutil.rmtree(link.folder, ignore_errors=True)
-    say(f"  unlearned: {found['unlearned']}", show)
-    changes = {name: value for name, value in found.items() if name != "unlearned"}
-    changes["chosen"] = {**last["chosen"], "unlearned": found["unlearned"]}
-    return {**last, **changes, "curve": [*last["curve"], *found.get("curve", [])]}
+    say(f"  unlearned: {found['chosen']['unlearned']}", show)
+    return {**last, **found, "curve": [*last["curve"], *found["curve"]]}
 
 
 def _good(figures: dict[str, Any], before: dict[str, Any], max_loss: float) -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from nba_lightning.core.functional import kl_divergence
 from nba_lightning.core.layers import resolve_layers
 from nba_lightning.core.modes import Frozen
 from nba_lightning.core.randomness import generator_for
-from nba_lightning.io.batches import clean_batches, plain_batches
+from nba_lightning.io.batches import clean_batches, plain_images
 from nba_lightning.pseudo import PseudoSamples, TriggerFamilies
 from nba_lightning.training.cost import epochs_of_pseudo_samples
 from nba_lightning.training.distillation import Distillation
@@ -152,10 +151,7 @@ class NBA(Distillation):
         """As usual; a fit begins with the teacher's weights."""
         super().setup(stage)
         if stage == "fit" and self.accepted < 0:
-            own, other = self.model.state_dict(), self.teacher_network().state_dict()
-            if {name: value.shape for name, value in own.items()} != {n: v.shape for n, v in other.items()}:
-                raise expected("teacher", "of the student's architecture", type(self.teacher_network()).__name__)
-            self.model.load_state_dict(other)
+            self._begin_with("teacher", "the student's", self.teacher_network())
 
     def configure_callbacks(self) -> list[Callback]:
         """Regenerate the pseudo samples, if there are any."""
@@ -235,7 +231,7 @@ class NBA(Distillation):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """As usual; and verify with the last step, before any checkpoint is written."""
         super().optimizer_step(*args, **kwargs)
-        if self.trainer.global_step + 1 == self.trainer.estimated_stepping_batches:  # counted when this has returned
+        if self.was_last_step():
             self._verify()
 
     def on_train_end(self) -> None:
@@ -258,15 +254,12 @@ class NBA(Distillation):
         if self.suspicious is None:
             return
         generator = generator_for(self.seed, 8, device=self.device)
-        loader = self.trainer.train_dataloader
-        # Unaugmented: a perturbation that must work on shifted and mirrored images hardly finds a trigger with a place.
-        batches = chain.from_iterable(plain_batches(self.trainer, loader) for _ in repeat(None))
         with self.trainer.precision_plugin.forward_context():
             share = self.verification.keep(
                 self.model,
                 self.teacher_network(),
                 self.suspicious.network,
-                (batch.images for batch in batches),
+                plain_images(self.trainer),
                 batches_of_an_epoch(self.trainer),
                 generator,
                 self.reduce,

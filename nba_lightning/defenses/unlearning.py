@@ -1,9 +1,7 @@
 """Unlearning what only the suspicious network falls for."""
 
-import copy
 import math
 from collections.abc import Sequence
-from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -16,13 +14,11 @@ from nba_lightning.callbacks.pseudo_samples import PseudoSampleRegeneration
 from nba_lightning.core.checks import check_range, expected
 from nba_lightning.core.features import predict
 from nba_lightning.core.functional import kl_divergence
-from nba_lightning.core.modes import Frozen, evaluating, fingerprint
+from nba_lightning.core.modes import Frozen, fingerprint
 from nba_lightning.core.randomness import generator_for
-from nba_lightning.io.batches import clean_batches, plain_batches
-from nba_lightning.io.weights import load_weights
+from nba_lightning.io.batches import clean_batches, plain_images
 from nba_lightning.pseudo import ClassPatches, ClassPerturbations, Together
 from nba_lightning.training.cost import number_of_classes
-from nba_lightning.training.defense import Defense
 from nba_lightning.training.distillation import Distillation
 from nba_lightning.training.schedule import batches_of_an_epoch
 from nba_lightning.training.search import Search
@@ -110,8 +106,6 @@ class Unlearning(Distillation):
             self.fit_to_network(UNLEARNING_RATE)
         check_range("pseudo_share", pseudo_share, 0.0, 1.0, open_low=True)
         check_range("kept", kept, 0.0, 1.0, open_low=True)
-        if start is not None and start_weights is not None:
-            raise expected("start_weights", "left out where `start` is given", start_weights)
         if classes is not None and not len(classes):
             raise expected("classes", "at least one class, or None to look for them", list(classes))
         perturbations = perturbations or ClassPerturbations((0.018, 0.036, 0.072), steps=8, images_each=24)
@@ -120,10 +114,7 @@ class Unlearning(Distillation):
         self.kept, self.search = kept, search or Search()
         self.suspected = None if classes is None else sorted(classes)
         self.suspicious = Frozen(model)
-        if start_weights is not None:
-            start = copy.deepcopy(model)
-            load_weights(start, start_weights)
-        self.start = None if start is None else Frozen(start.model if isinstance(start, Defense) else start)
+        self.start = self._given("start", start, start_weights)
         self._ended = False
 
     def setup(self, stage: str) -> None:
@@ -131,16 +122,13 @@ class Unlearning(Distillation):
         super().setup(stage)
         if stage == "fit":
             self._ended, start = False, self._begin()
-            own, other = self.model.state_dict(), start.state_dict()
-            if {name: value.shape for name, value in own.items()} != {n: v.shape for n, v in other.items()}:
-                raise expected("start", "of the suspicious network's architecture", type(start).__name__)
             if fingerprint(start) == fingerprint(self.suspicious.network):
                 raise expected(
                     "start",
                     "another network than the suspicious one (NBA trains what it is given: give it `copy.deepcopy`)",
                     "one with the same weights",
                 )
-            self.model.load_state_dict(other)
+            self._begin_with("start", "the suspicious network's", start)
 
     def configure_callbacks(self) -> list[Callback]:
         """Craft the pseudo samples anew."""
@@ -170,7 +158,6 @@ class Unlearning(Distillation):
         with self.trainer.precision_plugin.forward_context():
             if self.suspected is None:
                 self.suspected = self._look()
-            self._check_classes(self.suspected)
             for source in self.crafted:
                 source.classes, source.bank = self.suspected, torch.empty(0)  # what was unlearned leads nowhere new
             batches = (batch.images for batch in clean_batches(self.trainer))
@@ -192,7 +179,7 @@ class Unlearning(Distillation):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """As usual; and go back with the last step, before any checkpoint is written."""
         super().optimizer_step(*args, **kwargs)
-        if self.trainer.global_step + 1 == self.trainer.estimated_stepping_batches:  # counted when this has returned
+        if self.was_last_step():
             self._go_back()
 
     def on_train_end(self) -> None:
@@ -223,12 +210,10 @@ class Unlearning(Distillation):
     def _look(self) -> list[int]:
         """The classes that are reached unusually easily from the suspicious network, and not from the teacher."""
         rank_zero_info("Looking for what only the suspicious network falls for.")
-        loader = self.trainer.train_dataloader
-        plain = chain.from_iterable(plain_batches(self.trainer, loader) for _ in repeat(None))
         found = self.search(
             self.suspicious.network,
             self.teacher_network(),
-            (batch.images for batch in plain),
+            plain_images(self.trainer),
             batches_of_an_epoch(self.trainer),
             generator_for(self.seed, 8, device=self.device),
             self.reduce,
@@ -240,10 +225,3 @@ class Unlearning(Distillation):
             )
         rank_zero_info(f"Suspected: class {', '.join(map(str, found))}.")
         return found
-
-    def _check_classes(self, classes: Sequence[int]) -> None:
-        image = next(batch.images for batch in clean_batches(self.trainer))[:1]
-        with torch.no_grad(), evaluating(self.model):
-            number = predict(self.model, image).shape[1]
-        if min(classes) < 0 or max(classes) >= number:
-            raise expected("classes", f"from 0 to {number - 1}, the network's", list(classes))

@@ -172,6 +172,12 @@ def plain_batches(trainer: pl.Trainer, loader: Any) -> Iterator[Batch]:
         yield as_batch(on_device(trainer, batch), network)
 
 
+def plain_images(trainer: pl.Trainer) -> Iterator[Tensor]:
+    """Endless training images as they are, on the device: for perturbations that must find a trigger with a place."""
+    while True:
+        yield from (batch.images for batch in plain_batches(trainer, trainer.train_dataloader))
+
+
 def _numbered(batch: Any, number: int) -> Any:
     return replace(batch, draw=(*batch.draw[:2], number)) if isinstance(batch, Batch) else batch
 

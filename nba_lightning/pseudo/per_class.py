@@ -33,7 +33,7 @@ class PerClass(Banked):
         classes: the classes k; all by default.
 
     Raises:
-        ValueError: for no class.
+        ValueError: for no class; by :meth:`regenerate` for one that the network has not got.
     """
 
     def __init__(self, rms: float, steps: int, images_each: int, classes: Sequence[int] | None) -> None:
@@ -74,6 +74,8 @@ class PerClass(Banked):
             with torch.no_grad():
                 number = predict(student, images[:1]).shape[1]
             looked_at = range(number) if self.classes is None else self.classes
+            if min(looked_at) < 0 or max(looked_at) >= number:
+                raise expected("classes", f"from 0 to {number - 1}, the network's", list(looked_at))
             wanted = self.rows_of(torch.tensor(looked_at, device=images.device))
             if self.bank.numel() == 0:
                 self.bank = self._begin(images, len(wanted), generator)

@@ -238,6 +238,11 @@ class Classifier(Evaluation):
             )
         return max(1, int(total))
 
+    def was_last_step(self) -> bool:
+        """Within ``optimizer_step``, after the step: whether it was the fit's last one."""
+        finished: bool = self.trainer.global_step + 1 == self.trainer.estimated_stepping_batches  # counted afterwards
+        return finished
+
     def trained_parameters(self) -> list[nn.Parameter]:
         """What the optimiser steps: only the network's own parameters by default."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -44,14 +44,32 @@ class Distillation(Defense):
         if {"teacher_epochs", "teacher_lr"} & kwargs.keys():  # of version 0.1
             raise ValueError(self._how_to_make_a_teacher("`teacher_epochs`"))
         super().__init__(model, weights, lr=lr, warmup=warmup, **kwargs)
-        self.teacher: Frozen | None = None
-        if teacher is not None and teacher_weights is not None:
-            raise expected("teacher_weights", "left out where `teacher` is given", teacher_weights)
-        if teacher_weights is not None:
-            teacher = copy.deepcopy(model)
-            load_weights(teacher, teacher_weights)
-        if teacher is not None:
-            self.teacher = Frozen(teacher.model if isinstance(teacher, Defense) else teacher)
+        self.teacher = self._given("teacher", teacher, teacher_weights)
+
+    def _given(self, name: str, network: nn.Module | None, weights: str | None) -> Frozen | None:
+        """A copy of a network, of what a defence made, or of the model with weights of a file; ``None`` for neither.
+
+        Args:
+            name: of the argument.
+            network: the network, or the defence.
+            weights: the file.
+
+        Raises:
+            ValueError: if both are given.
+        """
+        if network is not None and weights is not None:
+            raise expected(f"{name}_weights", f"left out where `{name}` is given", weights)
+        if weights is not None:
+            network = copy.deepcopy(self.model)
+            load_weights(network, weights)
+        return None if network is None else Frozen(network.model if isinstance(network, Defense) else network)
+
+    def _begin_with(self, name: str, whose: str, network: nn.Module) -> None:
+        """Give the model the weights of a network of ``whose`` architecture, which was given as ``name``."""
+        own, other = self.model.state_dict(), network.state_dict()
+        if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in other.items()}:
+            raise expected(name, f"of {whose} architecture", type(network).__name__)
+        self.model.load_state_dict(other)
 
     @property
     def needs_teacher(self) -> bool:

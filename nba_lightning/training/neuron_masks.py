@@ -92,7 +92,7 @@ class NeuronMasks(Defense):
         with torch.no_grad():
             for mask in self.masks:
                 mask.clamp_(0.0, 1.0)
-        if self.trainer.global_step + 1 == self.trainer.estimated_stepping_batches:  # counted when this has returned
+        if self.was_last_step():
             self.prune()
 
     def on_train_end(self) -> None:

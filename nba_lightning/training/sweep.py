@@ -22,7 +22,7 @@ FEW_IMAGES = 200
 UNLEARNING_RATE = {"SGD": 0.005, "AdamW": 1e-4}
 """Of unlearning what verification found, where no student's rate is lower."""
 UNLEARNING_STEPS = 200
-"""Optimiser steps of it; half as many do as well on all that it was tried on."""
+"""Optimiser steps of it, about; it was found with 150."""
 MAY_BE_LEFT = 0.1
 """Share of a backdoor that a teacher may seem to have kept by nature; 7 % at most of those that had forgotten it."""
 _LEAST_OF_WITNESS = 0.5
