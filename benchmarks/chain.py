@@ -80,8 +80,8 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     """NBA as ``nba-lightning clean`` fits it.
 
     The teacher may lose more accuracy than the cleaned network, and the student's rate follows the teacher's. If what
-    comes of it lost too much, a teacher that did not takes its place. What reaches classes that verification suspected
-    is unlearned.
+    comes of it lost too much, a teacher that did not takes its place. What reaches classes that verification
+    suspected is unlearned, or any class.
     """
     asked = lengthened(teacher_config(found), subject.images)
     asked = merged(asked, {"model": {"init_args": {"mixed_share": teachers_mixed_share(subject.images)}}})
@@ -105,28 +105,28 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
         cost.path = student.path
         if keeps(accuracy_of(subject, str(student.path)), baseline, images, MAX_LOSS):
             break
-    suspected = cost.sweeps["verification"]["suspected"]
-    if suspected:
-        unlearn(args, found, subject, teachers[cost.sweeps["FineTuning"]["taken"]], suspected, cost)
+    classes = cost.sweeps["verification"]["to_unlearn"]
+    if classes:
+        unlearn(args, found, subject, teachers[cost.sweeps["FineTuning"]["taken"]], classes, cost)
     return cost
 
 
 def unlearn(
-    args: argparse.Namespace, found: Any, subject: Subject, teacher: Kept, suspected: list[int], cost: Kept
+    args: argparse.Namespace, found: Any, subject: Subject, teacher: Kept, classes: list[int], cost: Kept
 ) -> None:
-    """Unlearn what reaches the suspected classes, and take what comes of it unless it lost too much accuracy.
+    """Unlearn what reaches some classes, and take what comes of it unless it lost too much accuracy.
 
     Args:
         args: what :func:`common.parser` gives.
         found: NBA's configuration.
         subject: the suspicious model.
         teacher: NBA's.
-        suspected: classes.
+        classes: the suspected ones, or all.
         cost: NBA's; the network is ``cost.path``, and what is unlearned joins it.
     """
     own, subset = config("defense", "unlearning"), found["data"]["init_args"]
     steps = subject.images // min(subset["batch_size"], subject.images)
-    given = {"teacher_weights": teacher.path, "start_weights": cost.path, "classes": suspected}
+    given = {"teacher_weights": teacher.path, "start_weights": cost.path, "classes": classes}
     changes = {"model": {"init_args": given}, "data": {"init_args": subset}}
     changes["trainer"] = {"max_epochs": math.ceil(UNLEARNING_STEPS / steps)}
     student = STUDENT_SHARE * cost.sweeps["FineTuning"]["taken"]

@@ -159,7 +159,8 @@ def kept_fit(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     if isinstance(module, NBA):
         came_back = round(module.verification.came_back, 4)
         verified = {"kept": round(float(module.accepted), 4), "came_back": came_back}
-        verified |= {"suspected": module.verification.suspected, "won": module.verification.rates}
+        verified |= {"suspected": module.verification.suspected, "to_unlearn": module.verification.to_unlearn}
+        verified["won"] = module.verification.rates
         kept.sweeps["verification"] = verified
     partial = path.with_name(f"{subject.name}-{key}.partial")  # two processes may make the same one
     save_weights(module.model.state_dict(), partial)

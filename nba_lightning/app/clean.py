@@ -55,7 +55,7 @@ def clean(
     progress: bool = True,
     described: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Scan a network, make a teacher of it, align it with the teacher, unlearn what is suspected, scan again, report.
+    """Scan a network, make a teacher, align it with the teacher, unlearn what leads to a class, scan again, report.
 
     Leaves ``cleaned.safetensors`` with the keys and dtypes of ``network`` (or ``rejected.safetensors``, if it lost more
     clean accuracy than ``max_loss`` and than chance), ``teacher.safetensors``, ``report.json``, ``report.html`` and
@@ -199,7 +199,7 @@ def _aligned(
             )
             teacher = gentler
             last = run.align(run.with_weights(teacher["file"]), teacher["chosen"]["rate"], student_steps, again=True)
-    if last["verdict"] != "rejected" and last["suspected"]:
+    if last["verdict"] != "rejected" and last["to_unlearn"]:
         last = run.unlearn(run.with_weights(teacher["file"]), last)
     if teacher["left"] > MAY_BE_LEFT:
         run.warnings.append(_LEFT.format(teacher["chosen"]["rate"], 100 * teacher["left"]))

@@ -15,10 +15,9 @@ from nba_lightning.app.commands import COMMANDS
 from nba_lightning.app.outline import innermost
 from nba_lightning.app.suggestions import meant
 from nba_lightning.callbacks import NonFiniteLossError
-from nba_lightning.defenses.unlearning import NothingToUnlearnError
 
 ADVICE = "Set NBA_LIGHTNING_TRACEBACK=1 to see where it was raised."
-_PLAIN = (MisconfigurationException, NonFiniteLossError, NothingToUnlearnError, Image.DecompressionBombError)
+_PLAIN = (MisconfigurationException, NonFiniteLossError, Image.DecompressionBombError)
 """Errors of others whose message says enough."""
 
 

@@ -211,7 +211,7 @@ def fit_student(
         warnings = save_pictures(chain.folder / "report", module, network, link.data)
         if module.verification.came_back:
             warnings.append(_CAME_BACK.format(100 * module.verification.came_back))
-        return {**found, "suspected": module.verification.suspected, "warnings": warnings}
+        return {**found, "to_unlearn": module.verification.to_unlearn, "warnings": warnings}
 
     found: dict[str, Any] = chain.step(link.name, work)
     shutil.rmtree(link.folder, ignore_errors=True)

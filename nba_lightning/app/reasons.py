@@ -43,7 +43,7 @@ def reasons(
         else f"A quarter of the {training:,} images to train on, at most 50.",
         "layers": "Where the student was made to behave as the teacher." if role == "student" else None,
         "accepted": _accepted(chosen.get("accepted")),
-        "unlearned": "Small perturbations and patches for the classes that are suspected, crafted anew and again.",
+        "unlearned": "Small perturbations and patches for suspected classes, else for all, crafted anew and again.",
     }
     return {name: sentence for name, sentence in known.items() if sentence and name in chosen}
 

@@ -145,7 +145,7 @@ class Cleaning:
         return found
 
     def unlearn(self, teacher: nn.Module, last: dict[str, Any]) -> dict[str, Any]:
-        """Unlearn what reaches the classes that verification suspected."""
+        """Unlearn what reaches the classes that verification suspected, or all."""
         say("5/6 and: what only the suspicious network falls for is unlearned", self.show)
         kept, steps = "fits/student.safetensors", min(UNLEARNING_STEPS, last["chosen"]["steps"])
         self.chain.step(

@@ -23,7 +23,7 @@ def fit_unlearning(
     seed: int,
     show: bool,
 ) -> dict[str, Any]:
-    """Unlearn what reaches the classes that are suspected, and take what comes of it unless it lost too much.
+    """Unlearn what reaches the classes that are suspected, or all, and take what comes of it unless it lost too much.
 
     Args:
         network: the suspicious network.
@@ -39,12 +39,13 @@ def fit_unlearning(
         ``last`` with what came of it.
     """
     rate = unlearning_rate(last["chosen"]["rate"], usual_optimizer(network))
+    classes = last["to_unlearn"]
 
     def nothing(why: str) -> dict[str, Any]:
         return {"chosen": {**last["chosen"], "unlearned": f"nothing: {why}"}, "curve": []}
 
     def work() -> dict[str, Any]:
-        own: dict[str, Any] = {"teacher": teacher, "start": student, "classes": last["suspected"], "seed": seed}
+        own: dict[str, Any] = {"teacher": teacher, "start": student, "classes": classes, "seed": seed}
         module = Unlearning(copy.deepcopy(network), **own, **optimizer_for(network, rate))
         say(f"  {link.cost()}", show)
         try:
@@ -54,10 +55,11 @@ def fit_unlearning(
         if found["verdict"] == "rejected" or not _good(found["accuracies"], last["accuracies"], link.max_loss):
             return nothing(f"it cost too much accuracy. {found['sentence']}")
         copy_file(link.folder / found["file"], chain.folder / last["file"])
-        names = ", ".join(link.data.classes[number] for number in last["suspected"])
-        told = f"what reaches {names}, in {found['chosen']['steps']} steps at rate {rate:g}"
-        kept = {name: found[name] for name in ("verdict", "sentence", "accuracies", "curve")}
-        return {**kept, "chosen": {**last["chosen"], "unlearned": told}}
+        names = ", ".join(link.data.classes[number] for number in classes)
+        told = f"what reaches {names if last['chosen'].get('suspected') else f'any of {len(classes)} classes'}, "
+        told += f"in {found['chosen']['steps']} steps at rate {rate:g}"
+        taken = {name: found[name] for name in ("verdict", "sentence", "accuracies", "curve")}
+        return {**taken, "chosen": {**last["chosen"], "unlearned": told}}
 
     found: dict[str, Any] = chain.step(link.name, work)
     shutil.rmtree(link.folder, ignore_errors=True)

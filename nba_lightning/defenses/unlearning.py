@@ -26,30 +26,28 @@ from nba_lightning.training.sweep import UNLEARNING_RATE
 from nba_lightning.training.ways import set_at
 
 _STEPS_OF_PSEUDO_SAMPLES = 25
-"""Steps that pseudo samples serve at least."""
-
-
-class NothingToUnlearnError(RuntimeError):
-    """No class is reached unusually easily from the suspicious network, so nothing can be unlearned."""
+"""Steps that pseudo samples serve at least; twice as many, if they are for more than the next number of classes."""
+_CLASSES = 5
+"""Of more classes each has fewer images in crafting, so that it costs about as much as for so many."""
 
 
 class Unlearning(Distillation):
     r"""Unlearn what the suspicious network falls for and its teacher withstands.
 
     What verification kept (:class:`~nba_lightning.training.verification.Verification`) still falls a little for what
-    reaches a suspected class. From there on the student K minimises
+    reaches a suspected class, and where none is suspected for what nothing showed. From there on the student K
+    minimises
 
     .. math:: KL(S_0(x) \| K(z))
 
     where S_0 is the suspicious network, x are clean images as the loader augments them, and z the same images, a share
-    of them as pseudo samples: small perturbations and patches for the suspected classes, crafted anew every few steps
-    so that K falls for them and the teacher T withstands. So K keeps S_0's answers whatever is on the image. When the
-    fit ends, the network goes back to ``kept`` of the way from where it started to where it came, by weights and
-    BatchNorm statistics: half of the way forgets nearly as much, and loses less accuracy. It comes after NBA, when a
-    class was suspected:
+    of them as pseudo samples: small perturbations and patches for some classes, crafted anew every few steps so that K
+    falls for them and the teacher T withstands. So K keeps S_0's answers whatever is on the image. When the fit ends,
+    the network goes back to ``kept`` of the way from where it started to where it came, by weights and BatchNorm
+    statistics: half of the way forgets nearly as much, and loses less accuracy. It comes after NBA:
 
         nba = NBA(copy.deepcopy(network), teacher=teacher)  # after its fit
-        Unlearning(network, teacher=teacher, start=nba, classes=nba.verification.suspected)
+        Unlearning(network, teacher=teacher, start=nba, classes=nba.verification.to_unlearn)
 
     What it trains on is of the kind that verification measures with, so nothing measures afterwards what it left of a
     trigger of another kind. Therefore it starts from what passed without it, never from further back.
@@ -64,8 +62,10 @@ class Unlearning(Distillation):
         teacher_weights: a file with the teacher's weights, instead of ``teacher``.
         start: what verification kept: a network, or the defence that made it; ``None`` for the teacher.
         start_weights: a file with its weights, instead of ``start``.
-        classes: the suspected classes; ``None`` looks for them, which costs as much as a verification.
-        perturbations: how small perturbations are crafted; its ``classes`` are set here.
+        classes: whose ways in are unlearned; ``None`` looks for suspected ones, which costs as much as a verification,
+            and takes all that were looked at if there are none.
+        perturbations: how small perturbations are crafted; its ``classes`` are set here, and with more than five of
+            them fewer images for each.
         patches: how patches are crafted, likewise.
         pseudo_share: share of each batch that are pseudo samples, as many of each kind.
         kept: share of the way that the network keeps, in (0, 1].
@@ -75,12 +75,11 @@ class Unlearning(Distillation):
         **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
 
     Attributes:
-        suspected: the classes that are unlearned; ``None`` before they are known.
+        classes: those whose ways in are unlearned; ``None`` before they are known.
 
     Raises:
         ValueError: for a share outside (0, 1], ``start`` and ``start_weights`` both, weights that do not fit; at the
             start of a fit for a class that the network has not got, or a ``start`` with the suspicious weights.
-        NothingToUnlearnError: at the start of a fit, if no class is suspected.
     """
 
     def __init__(
@@ -110,9 +109,10 @@ class Unlearning(Distillation):
             raise expected("classes", "at least one class, or None to look for them", list(classes))
         perturbations = perturbations or ClassPerturbations((0.018, 0.036, 0.072), steps=8, images_each=24)
         self.crafted = (perturbations, patches or ClassPatches(steps=8))
+        self._images_each = [source.images_each for source in self.crafted]
         self.pseudo, self.pseudo_share = Together(self.crafted), pseudo_share
         self.kept, self.search = kept, search or Search()
-        self.suspected = None if classes is None else sorted(classes)
+        self.classes = None if classes is None else sorted(classes)
         self.suspicious = Frozen(model)
         self.start = self._given("start", start, start_weights)
         self._ended = False
@@ -136,7 +136,8 @@ class Unlearning(Distillation):
 
     def least_epochs_of_pseudo_samples(self) -> int:
         """As many as there are steps in which pseudo samples serve at least."""
-        return math.ceil(_STEPS_OF_PSEUDO_SAMPLES / batches_of_an_epoch(self.trainer))
+        several = 1 + (len(self._classes_at_most()) > _CLASSES)
+        return math.ceil(several * _STEPS_OF_PSEUDO_SAMPLES / batches_of_an_epoch(self.trainer))
 
     def passes_of_step(self) -> float:
         """See :meth:`Classifier.passes_of_step`: there and back, and once through the suspicious network."""
@@ -144,22 +145,23 @@ class Unlearning(Distillation):
 
     def passes_beside(self, epochs: int, images: int, batch: int) -> dict[str, int]:
         """See :meth:`Classifier.passes_beside`."""
-        processes, classes = self.trainer.world_size, number_of_classes(self)
+        processes = self.trainer.world_size
         times = processes * math.ceil(epochs / self.least_epochs_of_pseudo_samples())
-        known = classes if self.suspected is None else len(self.suspected)
-        found = {"crafting": times * self.pseudo.passes(batch // processes, known)}
-        if self.suspected is None:
-            found["the search"] = processes * self.search.passes(classes, images // processes, 0)
+        self._craft_for(self._classes_at_most())
+        found = {"crafting": times * self.pseudo.passes(batch // processes, len(self._classes_at_most()))}
+        if self.classes is None:
+            found["the search"] = processes * self.search.passes(number_of_classes(self), images // processes, 0)
         return found
 
     def regenerate(self) -> None:
         """Craft perturbations and patches that the student, as it is now, falls for and the teacher withstands."""
         generator = generator_for(self.seed, 20, self.trainer.current_epoch, device=self.device)
         with self.trainer.precision_plugin.forward_context():
-            if self.suspected is None:
-                self.suspected = self._look()
+            if self.classes is None:
+                self.classes = self._look()
+            self._craft_for(self.classes)
             for source in self.crafted:
-                source.classes, source.bank = self.suspected, torch.empty(0)  # what was unlearned leads nowhere new
+                source.bank = torch.empty(0)  # what was unlearned leads nowhere new
             batches = (batch.images for batch in clean_batches(self.trainer))
             self.pseudo.regenerate(self.model, self.teacher_network(), batches, generator, self.reduce)
 
@@ -187,14 +189,14 @@ class Unlearning(Distillation):
         self._go_back()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As usual; and the suspected classes."""
+        """As usual; and the classes."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["suspected"], checkpoint["ended"] = self.suspected, self._ended
+        checkpoint["classes"], checkpoint["ended"] = self.classes, self._ended
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As usual; and take them over."""
         super().on_load_checkpoint(checkpoint)
-        self.suspected, self._ended = checkpoint.get("suspected", self.suspected), checkpoint.get("ended", False)
+        self.classes, self._ended = checkpoint.get("classes", self.classes), checkpoint.get("ended", False)
 
     def _begin(self) -> nn.Module:
         """Where a fit starts."""
@@ -207,8 +209,19 @@ class Unlearning(Distillation):
             set_at(self.model, (self.kept, 0.0), begin, {name: value.clone() for name, value in came.items()}, begin)
         self._ended = True
 
+    def _classes_at_most(self) -> Sequence[int]:
+        """The classes, or as many as there may be before they are known."""
+        return range(min(number_of_classes(self), self.search.classes)) if self.classes is None else self.classes
+
+    def _craft_for(self, classes: Sequence[int]) -> None:
+        """Let pseudo samples be for some classes, which share the images of crafting if they are many."""
+        share = min(1.0, _CLASSES / len(classes))
+        for source, images in zip(self.crafted, self._images_each, strict=True):
+            source.classes = list(classes)
+            source.images_each = max(1, round(share * images))
+
     def _look(self) -> list[int]:
-        """The classes that are reached unusually easily from the suspicious network, and not from the teacher."""
+        """The classes that the suspicious network alone is led to unusually easily, or all that were looked at."""
         rank_zero_info("Looking for what only the suspicious network falls for.")
         found = self.search(
             self.suspicious.network,
@@ -217,11 +230,9 @@ class Unlearning(Distillation):
             batches_of_an_epoch(self.trainer),
             generator_for(self.seed, 8, device=self.device),
             self.reduce,
-        ).suspected
-        if not found:
-            raise NothingToUnlearnError(
-                "No class is reached unusually easily from the suspicious network and not from the teacher, so there "
-                "is nothing to unlearn. Keep the network that the fit was to start from."
-            )
-        rank_zero_info(f"Suspected: class {', '.join(map(str, found))}.")
-        return found
+        )
+        if found.suspected:
+            rank_zero_info(f"Suspected: class {', '.join(map(str, found.suspected))}.")
+        else:
+            rank_zero_info(f"No class stands out, so all {len(found.looked_at)} that were looked at are taken.")
+        return found.suspected or found.looked_at

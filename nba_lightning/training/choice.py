@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nba_lightning.training.evidence import Evidence
-from nba_lightning.training.ways import DIRECT, HALFWAY, Place
+from nba_lightning.training.ways import DIRECT, HALFWAY, OVER, Place
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ def choose(found: Sequence[Found], least_right: float, chance: float, most: floa
     """The one that is kept.
 
     Of those that pass the mean of student and straight way, unless it is right on fewer images than the teacher, or
-    than another by more than chance; then the one that is right on most. If that lost too much, the one that lost less
-    and gives back least, which does not pass.
+    than another by more than chance; then the one that is right on most. Where the way to the student was all that was
+    looked at, the furthest on it, unless the teacher is right on more by more than chance. If the one that is right on
+    most lost too much, the one that lost less and gives back least, which does not pass.
 
     Args:
         found: networks on the ways, and the teacher, which passes, as the last.
@@ -46,6 +47,8 @@ def choose(found: Sequence[Found], least_right: float, chance: float, most: floa
     if best.right < least_right:
         enough = [one for one in found if one.right >= least_right and one.back <= most]
         return min(enough, key=lambda one: one.back, default=best)
+    if all(one.way == OVER for one in found[:-1]):
+        return next(one for one in passing if one.right >= best.right - chance)
     least = max(found[-1].right, best.right - chance, least_right)
     return next((one for one in passing if one.way == HALFWAY and one.right >= least), best)
 

@@ -55,6 +55,11 @@ class Evidence:
         """The classes that are suspected, rising."""
         return sorted(set(self.classes[self.suspects].tolist()))
 
+    @property
+    def looked_at(self) -> list[int]:
+        """The classes that were looked at, rising."""
+        return sorted(set(self.classes.tolist()))
+
     def only(self, rows: Tensor) -> "Evidence":
         """Those rows `(N,)` alone, with what networks said to them."""
         kept = {name: getattr(self, name)[rows] for name in ("classes", "bank", "suspects", "taught", "gaps")}

@@ -43,10 +43,11 @@ class Verification:
     those that did not, if it is no more than ``most`` of the gap, whatever other classes win; the owner is warned.
     (Of a backdoor that a student has learned the perturbations show less, so no other way may give more.)
 
-    Where no class is suspected, and of fewer than ``least_images`` clean images, which tell little, only the ``few``
-    places on the way to the student are looked at, half of it at most, where a backdoor that the student has learned
-    hardly is yet. (Of few images the whole margin may come back there. Of more, where no class is suspected, the whole
-    student is kept if half of the way lost too much accuracy, before a gentler teacher is asked for.) BatchNorm
+    Where no class is suspected only the ``few`` places on the way to the student are looked at, half of it at most,
+    where a backdoor that the student has learned hardly is yet; the whole student is kept if half of the way lost too
+    much accuracy, before a gentler teacher is asked for. Of fewer than ``least_images`` clean images, which tell
+    little, the student learns little of a backdoor either: the whole student is looked at, and these places if it does
+    not pass, where the whole margin may come back. BatchNorm
     statistics are mixed like the weights; estimated anew on plain images they would not be those of the mixture with
     pseudo samples on which all were learned.
 
@@ -59,7 +60,7 @@ class Verification:
         shares: r of the way over the student, in (0, 2], from the largest to the smallest.
         direct: r of the direct way, in (0, 1], from the largest to the smallest.
         halfway: likewise, of the way half way between that and the student.
-        few: r of the way to the student, in (0, 1], from the largest to the smallest, where little can be told.
+        few: r of the way to the student, in (0, 1), from the largest to the smallest, where little can be told.
         margin: see above; a share of the gap, in [0, 1], for as many images as the search takes.
         margin_elsewhere: see above; a share of the images.
         max_loss: accuracy on held-out images that the owner can do without, in [0, 1]; chance is allowed for by
@@ -71,6 +72,8 @@ class Verification:
     Attributes:
         rates: shares of the images that each perturbation and patch won, of every network that was looked at.
         suspected: the classes that stood out.
+        to_unlearn: the classes that :class:`~nba_lightning.defenses.Unlearning` is for: these, or where none stood out
+            all that were looked at, unless there are few images.
         came_back: share of the gap that came back, where accuracy asked for what does not pass; else 0.
         sentence: what was kept, and why.
 
@@ -93,7 +96,8 @@ class Verification:
     ) -> None:
         for name, way in {"shares": shares, "direct": direct, "halfway": halfway, "few": few}.items():
             for share in way:
-                check_range(name, share, 0.0, 2.0 if name == "shares" else 1.0, open_low=True)
+                most_of = 2.0 if name == "shares" else 1.0
+                check_range(name, share, 0.0, most_of, open_low=True, open_high=name == "few")
             if sorted(way, reverse=True) != list(way):
                 raise expected(name, "from the largest to the smallest", list(way))
         limits = {"margin": margin, "margin_elsewhere": margin_elsewhere, "max_loss": max_loss, "most": most}
@@ -108,13 +112,14 @@ class Verification:
 
     def state_dict(self) -> dict[str, Any]:
         """What was found, which a fit that goes on after it cannot find again."""
-        names = ("rates", "suspected", "came_back", "sentence")
+        names = ("rates", "suspected", "to_unlearn", "came_back", "sentence")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, found: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; what is missing is as before anything was looked for."""
         self.rates: dict[str, list[float]] = found.get("rates", {})
         self.suspected: list[int] = found.get("suspected", [])
+        self.to_unlearn: list[int] = found.get("to_unlearn", [])
         self.came_back: float = found.get("came_back", 0.0)
         self.sentence: str = found.get("sentence", "")
 
@@ -137,7 +142,7 @@ class Verification:
     def passes_of_images(self, classes: int, images: int) -> int:
         """What it costs at most, for a network of so many classes and so many clean images; as ``Search.passes``."""
         several = max(len(self.shares) + len(self.direct) + len(self.halfway), 1 + len(self.few))
-        return self.search.passes(classes, images, several if self.can_tell(images) else len(self.few))
+        return self.search.passes(classes, images, several if self.can_tell(images) else 1 + len(self.few))
 
     def keep(
         self,
@@ -171,11 +176,9 @@ class Verification:
         seen = one_pass * len(next(batches))
         rank_zero_info("Verifying: looking for what only the suspicious network falls for.")
         evidence, margin = self.search(suspicious, teacher, batches, one_pass, generator, reduce), self.margin_of(seen)
-        ways, furthest = {OVER: self.few}, max(self.few, default=0.0)
-        sighted = bool(evidence.suspects.any())
-        if self.can_tell(seen) and sighted:
-            ways = {HALFWAY: self.halfway, DIRECT: self.direct, OVER: self.shares}
-        elif self.can_tell(seen) and furthest < 1:
+        sighted, few = bool(evidence.suspects.any()), not self.can_tell(seen)
+        ways = {HALFWAY: self.halfway, DIRECT: self.direct, OVER: self.shares}
+        if few or not sighted:
             ways = {OVER: [1.0, *self.few]}
         least = evidence.agreement(teacher) - _LESS_AGREEMENT
         found: list[Found] = []
@@ -186,7 +189,8 @@ class Verification:
                 if evidence.agreement(student) < least:
                     continue
                 back, elsewhere = evidence.came_back(student, f"{way} {r:g}")
-                spare = way == DIRECT if sighted else r > furthest  # for accuracy, if what passes lost too much
+                # What is kept for accuracy's sake, if what passes lost too much.
+                spare = way == DIRECT if sighted else r == 1 and not few
                 passes = self._within(back, elsewhere, margin) and (sighted or not spare)
                 right = judge(student)[0] if passes or spare else 0.0  # others may not be kept
                 found.append(Found(way, r, place, back, passes, right))
@@ -203,7 +207,8 @@ class Verification:
         self.rates, self.came_back = evidence.rates, 0.0 if kept.passes else kept.back
         self.sentence = sentence_of(kept, evidence)
         self.suspected = evidence.suspected
-        if not self.can_tell(seen):
+        self.to_unlearn = evidence.suspected if sighted or few else evidence.looked_at
+        if few:
             self.sentence += f" {seen} clean images tell too little to look further; {self.least_images} would do."
         rank_zero_info(self.sentence)
         return kept.r

@@ -25,7 +25,7 @@ class Suspecting(NBA):
 
     def _verify(self):
         super()._verify()
-        self.verification.suspected = [2]
+        self.verification.suspected = self.verification.to_unlearn = [2]
 
 
 @pytest.fixture
@@ -150,7 +150,12 @@ def test_it_takes_the_student_s_place_if_neither_guard_nor_accuracy_speaks_again
     link = Link(name="unlearning", folder=tmp_path / "fit", data=data, max_loss=0.05)
     chain = SimpleNamespace(folder=tmp_path, step=lambda name, work: work())
     (tmp_path / "cleaned.safetensors").write_text("student")
-    last = {"chosen": {"rate": 0.1}, "suspected": [1], "accuracies": {"student": {"value": 0.8}}, "curve": [1]}
+    last = {
+        "chosen": {"rate": 0.1, "suspected": ["b"]},
+        "to_unlearn": [1],
+        "accuracies": {"student": {"value": 0.8}},
+        "curve": [1],
+    }
     last |= {"file": "cleaned.safetensors", "sentence": "Before."}
     network = SmallCNN(width=4, in_channels=1)
     found = fit_unlearning(network, drifted(network), drifted(network, seed=2), last, link, chain, 0, False)
@@ -158,7 +163,7 @@ def test_it_takes_the_student_s_place_if_neither_guard_nor_accuracy_speaks_again
     assert found["curve"] == ([1, 2] if taken else [1])
     assert found["sentence"] == ("So." if taken else "Before.")
     told = "what reaches b, in 9 steps at rate 0.005" if taken else "nothing: it cost too much accuracy. So."
-    assert found["chosen"] == {"rate": 0.1, "unlearned": told}
+    assert found["chosen"] == {"rate": 0.1, "suspected": ["b"], "unlearned": told}
     assert not link.folder.exists()
 
 

@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import Callback
 from nba_lightning import BackdoorDataModule, Classifier, FineTuning, Unlearning
 from nba_lightning.attacks import Blended
 from nba_lightning.core.randomness import generator_for
-from nba_lightning.defenses.unlearning import NothingToUnlearnError
 from nba_lightning.networks import SmallCNN
 from nba_lightning.pseudo import ClassPatches, ClassPerturbations, TriggerFamilies
 from nba_lightning.training.cost import cost_of
+from nba_lightning.training.schedule import batches_of_an_epoch
 from nba_lightning.training.search import Search
 from nba_lightning.training.sweep import UNLEARNING_RATE, unlearning_rate
 from nba_lightning.training.ways import DIRECT, place_on, set_at
@@ -66,7 +66,7 @@ def test_the_loss_is_the_divergence_from_the_suspicious_network_on_images_withou
     assert float(found.detach()) > 1e-3
 
 
-def test_pseudo_samples_are_for_the_suspected_classes_and_begin_anew(network, trainer, clean_digits):
+def test_pseudo_samples_are_for_the_classes_and_begin_anew(network, trainer, clean_digits):
     class Look(Callback):
         def on_train_batch_end(self, runner, module, *args):
             seen.append([(source.classes, source.bank.clone()) for source in module.crafted])
@@ -75,7 +75,7 @@ def test_pseudo_samples_are_for_the_suspected_classes_and_begin_anew(network, tr
     runner = trainer(max_epochs=10, callbacks=[Look()])
     module = made(network, classes=[7, 2])
     runner.fit(module, clean_digits)
-    assert module.suspected == [2, 7]
+    assert module.classes == [2, 7]
     assert [(classes, len(bank)) for classes, bank in seen[0]] == [([2, 7], 2), ([2, 7], 8)]
     each = runner.num_training_batches
     every = module.least_epochs_of_pseudo_samples()
@@ -100,7 +100,7 @@ def test_its_cost_is_stated(classes, known, network, trainer, clean_digits):
         module._look = lambda: [3]
     trainer(max_epochs=2, callbacks=[Look()]).fit(module, clean_digits)
     assert found[0].of_step == 3
-    crafting = known * (5 * 1 * 1 * 2 + 5 * 4 * 1 * 1) + 2
+    crafting = known * (5 * 1 * 1 * (2 if known == 1 else 1) + 5 * 4 * 1 * 1) + 2
     looking = {} if classes else {"the search": search.passes(10, found[0].images, 0)}
     assert found[0].beside == {"crafting": crafting, **looking}
 
@@ -131,20 +131,39 @@ def test_what_came_back_is_found_and_unlearned(trainer):
     assert before[1] > 0.3
     module = Unlearning(copy.deepcopy(network), teacher=teacher, start=start)
     after = rates(trainer, fit(module, clean, 8, trainer), clean)
-    assert module.suspected == [0]
+    assert module.classes == [0]
     assert after[1] < before[1] / 2
     assert after[2] > before[2] + 0.2
     assert after[0] > before[0]
 
 
-def test_where_nothing_is_suspected_the_fit_does_not_begin(network, trainer, clean_digits):
-    nothing = Search(sizes=(1e-4,), steps=1, images_each=1, grid=0)
-    module = made(network, classes=None, search=nothing)
-    with pytest.raises(NothingToUnlearnError, match="nothing to unlearn. Keep the network"):
+def test_where_nothing_is_suspected_all_classes_that_were_looked_at_are_taken(network, trainer, clean_digits):
+    for many in (10, 3):
+        nothing = Search(sizes=(1e-4,), steps=1, images_each=1, grid=0, classes=many)
+        module = made(network, classes=None, search=nothing)
         trainer().fit(module, clean_digits)
+        assert len(module.classes) == many
+        assert set(module.classes) <= set(range(10))
+        assert [source.classes for source in module.crafted] == [module.classes, module.classes]
 
 
-def test_a_fit_that_goes_on_knows_the_suspected_classes_and_ends_alike(network, trainer, clean_digits, tmp_path):
+def test_more_classes_share_images_and_serve_longer(network, trainer, clean_digits):
+    class Look(Callback):
+        def on_train_start(self, runner, module):
+            seen.append((module.least_epochs_of_pseudo_samples(), batches_of_an_epoch(runner)))
+
+    wanted = (ClassPerturbations((0.05,), 1, 24), ClassPatches(2, 1, 4))
+    for classes, images, steps in ((range(5), (24, 4), 25), (range(6), (20, 3), 50), (range(10), (12, 2), 50)):
+        seen: list[tuple[int, int]] = []
+        perturbations, patches = copy.deepcopy(wanted)
+        module = made(network, classes=classes, perturbations=perturbations, patches=patches)
+        trainer(callbacks=[Look()]).fit(module, clean_digits)
+        assert tuple(source.images_each for source in module.crafted) == images
+        ((epochs, each),) = seen
+        assert (epochs - 1) * each < steps <= epochs * each
+
+
+def test_a_fit_that_goes_on_knows_the_classes_and_ends_alike(network, trainer, clean_digits, tmp_path):
     class Save(Callback):
         def on_train_epoch_end(self, runner, module):
             if runner.current_epoch == 1:
@@ -154,7 +173,7 @@ def test_a_fit_that_goes_on_knows_the_suspected_classes_and_ends_alike(network, 
     whole, half = (made(copy.deepcopy(network), **parts, classes=[n]) for n in (1, 5))
     trainer(max_epochs=4, callbacks=[Save()]).fit(whole, clean_digits)
     trainer(max_epochs=4).fit(half, clean_digits, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
-    assert half.suspected == [1]
+    assert half.classes == [1]
     assert torch.equal(half.crafted[1].bank, whole.crafted[1].bank)
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(half.model.state_dict()[name], value)
