@@ -130,9 +130,17 @@ def test_ctrl_c_keeps_the_student_and_the_command_goes_on(suspecting, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("verdict", "right", "taken"), [("accepted", 0.79, True), ("rejected", 0.79, False), ("accepted", 0.7, False)]
+    ("verdict", "right", "taken", "suspected"),
+    [
+        ("accepted", 0.79, True, {"suspected": ["b"]}),
+        ("accepted", 0.79, True, {}),
+        ("rejected", 0.79, False, {"suspected": ["b"]}),
+        ("accepted", 0.7, False, {"suspected": ["b"]}),
+    ],
 )
-def test_it_takes_the_student_s_place_if_neither_guard_nor_accuracy_speaks_against_it(tmp_path, verdict, right, taken):
+def test_it_takes_the_student_s_place_if_neither_guard_nor_accuracy_speaks_against_it(
+    tmp_path, verdict, right, taken, suspected
+):
     figures = {"student": {"value": right}, "suspicious": {"value": 0.8, "images": 1000}}
 
     class Link(SimpleNamespace):
@@ -151,8 +159,8 @@ def test_it_takes_the_student_s_place_if_neither_guard_nor_accuracy_speaks_again
     chain = SimpleNamespace(folder=tmp_path, step=lambda name, work: work())
     (tmp_path / "cleaned.safetensors").write_text("student")
     last = {
-        "chosen": {"rate": 0.1, "suspected": ["b"]},
-        "to_unlearn": [1],
+        "chosen": {"rate": 0.1, **suspected},
+        "to_unlearn": [1] if suspected else [0, 1],
         "accuracies": {"student": {"value": 0.8}},
         "curve": [1],
     }
@@ -162,8 +170,9 @@ def test_it_takes_the_student_s_place_if_neither_guard_nor_accuracy_speaks_again
     assert (tmp_path / "cleaned.safetensors").read_text() == ("unlearned" if taken else "student")
     assert found["curve"] == ([1, 2] if taken else [1])
     assert found["sentence"] == ("So." if taken else "Before.")
-    told = "what reaches b, in 9 steps at rate 0.005" if taken else "nothing: it cost too much accuracy. So."
-    assert found["chosen"] == {"rate": 0.1, "suspected": ["b"], "unlearned": told}
+    reached = "b" if suspected else "any of 2 classes"
+    told = f"what reaches {reached}, in 9 steps at rate 0.005" if taken else "nothing: it cost too much accuracy. So."
+    assert found["chosen"] == {"rate": 0.1, **suspected, "unlearned": told}
     assert not link.folder.exists()
 
 
