@@ -76,14 +76,14 @@ def test_what_was_suspected_is_unlearned(names, monkeypatch):
 
     def suspecting(self, *args):
         share = keep(self, *args)
-        self.suspected = [3]
+        self.suspected = self.to_unlearn = [3]
         return share
 
     monkeypatch.setattr(Verification, "keep", suspecting)
     monkeypatch.setattr(unlearning, "ClassPerturbations", lambda *args, **kwargs: ClassPerturbations((0.018,), 1, 1))
     monkeypatch.setattr(unlearning, "ClassPatches", lambda *args, **kwargs: ClassPatches(2, 1, 1))
     exec(EXAMPLES[1], names)
-    assert names["unlearning"].suspected == [3]
+    assert names["unlearning"].classes == [3]
     assert names["cleaned"] is names["unlearning"].model
     assert not torch.equal(names["cleaned"].fc.weight, names["nba"].model.fc.weight)
     assert torch.equal(names["unlearning"].start.network.fc.weight, names["nba"].model.fc.weight)
