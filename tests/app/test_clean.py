@@ -218,7 +218,7 @@ class Run:
     def align(self, teacher, rate, steps, again=False):
         assert again == bool(self.students)
         self.students.append(rate)
-        return {"verdict": "rejected" if rate > 0.05 else "accepted", "suspected": self.suspected}
+        return {"verdict": "rejected" if rate > 0.05 else "accepted", "to_unlearn": self.suspected}
 
     def unlearn(self, teacher, last):
         return {**last, "unlearned": teacher}
