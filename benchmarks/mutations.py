@@ -193,9 +193,9 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     # What is kept of the suspicious network.
     ("verification: the least accurate is kept", "training/choice.py", "best = max(passing", "best = min(passing", "verification"),
     ("verification: ruins are kept", "training/verification.py", "if evidence.agreement(student) < least:", "if False:", "verification"),
-    ("verification: the whole margin for few images", "training/verification.py", "return self.margin * self._proportion(images)", "return self.margin", "verification"),
+    ("verification: the whole margin for few images", "training/verification.py", "self.margin * (self._proportion(images) if self.can_tell(images) else _OF_FEW)", "self.margin", "verification"),
+    ("verification: no more may come back of few images", "training/verification.py", "else _OF_FEW)", "else 1)", "verification"),
     ("verification: the blind go everywhere", "training/verification.py", "if few or not sighted:", "if few:", "verification"),
-    ("verification: few images are proportions too", "training/verification.py", "if self.can_tell(images) else 1.0", "if True else 1.0", "verification"),
     ("verification: only what passes is judged", "training/verification.py", "if passes or spare else 0.0", "if True else 0.0", "verification"),
     ("verification: the straight way is not judged", "training/verification.py", "if passes or spare else 0.0", "if passes else 0.0", "verification"),
     ("sweep: chance counts against strong rates", "training/sweep.py", ", MAY_BE_CHANCE / images)", ", 0.0)", "sweep"),

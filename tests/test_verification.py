@@ -185,7 +185,8 @@ def test_of_few_images_no_more_than_the_student_is_kept(learned, kept):
 @pytest.mark.parametrize(("images", "classes"), [(160, []), (320, [0, 1, 2])])
 def test_where_nothing_stands_out_all_classes_are_to_be_unlearned_unless_there_are_few_images(images, classes):
     made = Verification(search=Search(sizes=(0.1,), steps=2, grid=0))
-    made.keep(Net(0.0), Net(0.0), Net(0.0), batches(), images // 32, generator_for(1))
+    reached = made.keep(Net(0.0), Net(0.0), Net(0.0), batches(), images // 32, generator_for(1))
+    assert reached == (0.5 if classes else 1.0)
     assert made.suspected == []
     assert made.to_unlearn == classes
     again = Verification()

@@ -139,8 +139,8 @@ class Verification:
         return self.margin * (self._proportion(images) if self.can_tell(images) else _OF_FEW)
 
     def _proportion(self, images: int) -> float:
-        """Share of the images that the search takes; all of the few, of which no more is asked."""
-        return min(1.0, images / self.search.images) if self.can_tell(images) else 1.0
+        """Share of the images that the search takes."""
+        return min(1.0, images / self.search.images)
 
     def passes_of_images(self, classes: int, images: int) -> int:
         """What it costs at most, for a network of so many classes and so many clean images; as ``Search.passes``."""
