@@ -193,8 +193,8 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     # What is kept of the suspicious network.
     ("verification: the least accurate is kept", "training/choice.py", "best = max(passing", "best = min(passing", "verification"),
     ("verification: ruins are kept", "training/verification.py", "if evidence.agreement(student) < least:", "if False:", "verification"),
-    ("verification: the whole margin for few images", "training/verification.py", "self.margin * (self._proportion(images) if self.can_tell(images) else _OF_FEW)", "self.margin", "verification"),
-    ("verification: no more may come back of few images", "training/verification.py", "else _OF_FEW)", "else 1)", "verification"),
+    ("verification: the whole margin for few images", "training/verification.py", "if self.can_tell(images):\n            return self.margin", "if True:\n            return self.margin", "verification"),
+    ("verification: no more may come back of few images", "training/verification.py", "max(self.margin, _IMAGES_BY_CHANCE / images)", "self.margin", "verification"),
     ("verification: the blind go everywhere", "training/verification.py", "if few or not sighted:", "if few:", "verification"),
     ("verification: only what passes is judged", "training/verification.py", "if passes or spare else 0.0", "if True else 0.0", "verification"),
     ("verification: the straight way is not judged", "training/verification.py", "if passes or spare else 0.0", "if passes else 0.0", "verification"),

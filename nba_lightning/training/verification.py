@@ -19,8 +19,8 @@ _LESS_AGREEMENT = 0.01
 _TEACHERS_MARGIN = 0.01
 """The margin between teachers: what one gives back no student takes away again, so it is asked for more."""
 
-_OF_FEW = 2
-"""How many times the margin may come back of few images, of which two or three are more than the margin."""
+_IMAGES_BY_CHANCE = 4
+"""Images that may come back of few, where they are more than the margin."""
 
 
 class Verification:
@@ -50,7 +50,7 @@ class Verification:
     where a backdoor that the student has learned hardly is yet; the whole student is kept if half of the way lost too
     much accuracy, before a gentler teacher is asked for. Of fewer than ``least_images`` clean images, which tell
     little, the student learns little of a backdoor either: the whole student is looked at, and these places if it does
-    not pass; twice the margin may come back, since two or three images are more than the margin. BatchNorm
+    not pass; the whole margin may come back, or four images where they are more. BatchNorm
     statistics are mixed like the weights; estimated anew on plain images they would not be those of the mixture with
     pseudo samples on which all were learned.
 
@@ -136,7 +136,9 @@ class Verification:
 
     def margin_of(self, images: int) -> float:
         """The margin where there are so many clean images."""
-        return self.margin * (self._proportion(images) if self.can_tell(images) else _OF_FEW)
+        if self.can_tell(images):
+            return self.margin * self._proportion(images)
+        return max(self.margin, _IMAGES_BY_CHANCE / images)
 
     def _proportion(self, images: int) -> float:
         """Share of the images that the search takes."""
