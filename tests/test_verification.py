@@ -1,7 +1,10 @@
 """Verification: perturbations tell a network that fell back from one that did not, and how much is kept."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from nba_lightning.core.randomness import generator_for
@@ -192,6 +195,16 @@ def test_where_nothing_stands_out_all_classes_are_to_be_unlearned_unless_there_a
     again = Verification()
     again.load_state_dict(made.state_dict())
     assert again.to_unlearn == classes
+
+
+@pytest.mark.parametrize("backdoor", [0.0, 2000.0])
+@pytest.mark.parametrize("images", [160, 320])
+def test_without_verification_the_student_is_kept_as_it_is(images, backdoor):
+    path = Path(__file__).parents[1] / "benchmarks" / "ablations" / "no_verification.yaml"
+    own = yaml.safe_load(path.read_text())["model"]["init_args"]["verification"]["init_args"]
+    search = Search(**own.pop("search")["init_args"], sizes=(0.1,), steps=2, grid=0)
+    made = Verification(**own, search=search)
+    assert made.keep(Net(backdoor), Net(0.0), Net(backdoor), batches(), images // 32, generator_for(1)) == 1.0
 
 
 @pytest.mark.parametrize(("teacher", "way"), [(0.7, OVER), (0.8, OVER), (0.81, "")])

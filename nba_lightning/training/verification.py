@@ -63,7 +63,7 @@ class Verification:
         shares: r of the way over the student, in (0, 2], from the largest to the smallest.
         direct: r of the direct way, in (0, 1], from the largest to the smallest.
         halfway: likewise, of the way half way between that and the student.
-        few: r of the way to the student, in (0, 1), from the largest to the smallest, where little can be told.
+        few: r of the way to the student, in (0, 1], from the largest to the smallest, where little can be told.
         margin: see above; a share of the gap, in [0, 1], for as many images as the search takes.
         margin_elsewhere: see above; a share of the images.
         max_loss: accuracy on held-out images that the owner can do without, in [0, 1]; chance is allowed for by
@@ -99,8 +99,7 @@ class Verification:
     ) -> None:
         for name, way in {"shares": shares, "direct": direct, "halfway": halfway, "few": few}.items():
             for share in way:
-                most_of = 2.0 if name == "shares" else 1.0
-                check_range(name, share, 0.0, most_of, open_low=True, open_high=name == "few")
+                check_range(name, share, 0.0, 2.0 if name == "shares" else 1.0, open_low=True)
             if sorted(way, reverse=True) != list(way):
                 raise expected(name, "from the largest to the smallest", list(way))
         limits = {"margin": margin, "margin_elsewhere": margin_elsewhere, "max_loss": max_loss, "most": most}
@@ -182,9 +181,9 @@ class Verification:
         rank_zero_info("Verifying: looking for what only the suspicious network falls for.")
         evidence, margin = self.search(suspicious, teacher, batches, one_pass, generator, reduce), self.margin_of(seen)
         sighted, few = bool(evidence.suspects.any()), not self.can_tell(seen)
-        ways = {HALFWAY: self.halfway, DIRECT: self.direct, OVER: self.shares}
+        ways, furthest = {HALFWAY: self.halfway, DIRECT: self.direct, OVER: self.shares}, max(self.few, default=0.0)
         if few or not sighted:
-            ways = {OVER: [1.0, *self.few]}
+            ways = {OVER: self.few if furthest == 1 else [1.0, *self.few]}
         least = evidence.agreement(teacher) - _LESS_AGREEMENT
         found: list[Found] = []
         for way, shares in ways.items():
@@ -195,7 +194,7 @@ class Verification:
                     continue
                 back, elsewhere = evidence.came_back(student, f"{way} {r:g}")
                 # What is kept for accuracy's sake, if what passes lost too much.
-                spare = way == DIRECT if sighted else r == 1 and not few
+                spare = way == DIRECT if sighted else r > furthest and not few
                 passes = self._within(back, elsewhere, margin) and (sighted or not spare)
                 right = judge(student)[0] if passes or spare else 0.0  # others may not be kept
                 found.append(Found(way, r, place, back, passes, right))
