@@ -55,9 +55,8 @@ def fit_unlearning(
         if found["verdict"] == "rejected" or not _good(found["accuracies"], last["accuracies"], link.max_loss):
             return nothing(f"it cost too much accuracy. {found['sentence']}")
         copy_file(link.folder / found["file"], chain.folder / last["file"])
-        names = ", ".join(link.data.classes[number] for number in classes)
-        told = f"what reaches {names if last['chosen'].get('suspected') else f'any of {len(classes)} classes'}, "
-        told += f"in {found['chosen']['steps']} steps at rate {rate:g}"
+        reached = ", ".join(last["chosen"].get("suspected", [])) or f"any of {len(classes)} classes"
+        told = f"what reaches {reached}, in {found['chosen']['steps']} steps at rate {rate:g}"
         taken = {name: found[name] for name in ("verdict", "sentence", "accuracies", "curve")}
         return {**taken, "chosen": {**last["chosen"], "unlearned": told}}
 

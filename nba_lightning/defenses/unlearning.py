@@ -147,8 +147,8 @@ class Unlearning(Distillation):
         """See :meth:`Classifier.passes_beside`."""
         processes = self.trainer.world_size
         times = processes * math.ceil(epochs / self.least_epochs_of_pseudo_samples())
-        self._craft_for(self._classes_at_most())
-        found = {"crafting": times * self.pseudo.passes(batch // processes, len(self._classes_at_most()))}
+        self._craft_for(most := self._classes_at_most())
+        found = {"crafting": times * self.pseudo.passes(batch // processes, len(most))}
         if self.classes is None:
             found["the search"] = processes * self.search.passes(number_of_classes(self), images // processes, 0)
         return found
