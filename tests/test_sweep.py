@@ -133,7 +133,12 @@ def test_a_teacher_of_few_images_sees_half_of_them_mixed():
 
 
 @pytest.mark.parametrize(
-    ("now", "before", "may"), [(0.76, 0.8, True), (0.74, 0.8, False), (0.74, 0.74, True), (0.73, 0.74, False)]
+    ("now", "before", "may"), [(0.76, 0.8, True), (0.74, 0.8, False), (0.73, 0.74, True), (0.72, 0.74, False)]
 )
-def test_who_takes_a_place_may_lose_what_the_owner_can_do_without_or_no_more_than_was_lost_before(now, before, may):
-    assert may_replace(now, before, 0.8, 1000, 0.05) is may
+def test_who_takes_a_place_may_lose_what_the_owner_can_do_without_or_chance_since(now, before, may):
+    assert may_replace(now, before, 0.8, 1000, 0.05) is may  # a standard error is 1.4 points
+
+
+def test_of_few_images_two_more_may_be_chance_and_three_are_not():
+    assert may_replace(9 / 20, before=11 / 20, baseline=17 / 20, images=20)
+    assert not may_replace(8 / 20, before=11 / 20, baseline=17 / 20, images=20)

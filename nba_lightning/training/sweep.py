@@ -73,9 +73,7 @@ def allowed_loss(baseline: float, images: int, max_loss: float = 0.05) -> float:
     check_range("baseline", baseline, 0.0, 1.0)
     check_range("max_loss", max_loss, 0.0, 1.0)
     check_at_least("images", images, 1)
-    share = (images * baseline + 2) / (images + 4)
-    by_chance = max(math.sqrt(share * (1 - share) / (images + 4)), MAY_BE_CHANCE / images)
-    return min(1.0, max(max_loss, by_chance))
+    return min(1.0, max(max_loss, _standard_error(baseline, images), MAY_BE_CHANCE / images))
 
 
 def teachers_loss(max_loss: float) -> float:
@@ -108,8 +106,22 @@ def may_replace(now: float, before: float, baseline: float, images: int, max_los
         baseline: that of the suspicious network.
         images: their number.
         max_loss: what the owner can do without.
+
+    Returns:
+        Whether it :func:`keeps` the accuracy, or lost no more than a standard error since: what came before may have
+        lost almost all that it could, and an image more or less is no reason to keep what only it withstands.
+
+    Example:
+        >>> may_replace(0.732, before=0.74, baseline=0.8, images=250), may_replace(0.70, 0.74, 0.8, 250)
+        (True, False)
     """
-    return now >= before or keeps(now, baseline, images, max_loss)
+    return now >= before - _standard_error(before, images) or keeps(now, baseline, images, max_loss)
+
+
+def _standard_error(accuracy: float, images: int) -> float:
+    """Of an accuracy on so many images, with two right and two wrong answers more; see :func:`allowed_loss`."""
+    share = (images * accuracy + 2) / (images + 4)
+    return math.sqrt(share * (1 - share) / (images + 4))
 
 
 def next_rate(rates: Iterable[float], kept: Mapping[float, bool]) -> float | None:
