@@ -109,6 +109,8 @@ def teacher_config(found: Any) -> Any:
     families = found["model"]["init_args"].get("pseudo", {}).get("init_args", {}).get("families")
     if families is not None:  # NBA without a family has a teacher without it
         changes["model"] = {"init_args": {"pseudo": {"init_args": {"families": families}}}}
+    if "steps" in found:
+        changes["steps"] = found["steps"]
     return merged(own, changes)
 
 
@@ -130,13 +132,15 @@ def _settings(found: Any, images: int) -> dict[str, Any]:
 def lengthened(found: Any, images: int) -> Any:
     """A configuration with as many epochs as its steps need: a small set has few in an epoch.
 
-    In a sweep the rivals that take NBA's optimiser get its steps too; the others' authors say how many they want.
+    In a sweep the rivals that take NBA's optimiser get its steps too; the others' authors say how many they want. An
+    ablation may ask for another number of ``steps``, about which are then taken, rather than at least.
     """
     if kind_of(found) not in PLAIN:
         return found
     steps = images // min(found["data"]["init_args"]["batch_size"], images)
+    epochs = math.ceil(found.get("steps", LEAST_STEPS) / steps)
     return merged(
-        found, {"trainer": {"max_epochs": max(found["trainer"]["max_epochs"], math.ceil(LEAST_STEPS / steps))}}
+        found, {"trainer": {"max_epochs": epochs if "steps" in found else max(found["trainer"]["max_epochs"], epochs)}}
     )
 
 

@@ -85,21 +85,21 @@ def test_the_cost_of_a_sweep_is_that_of_all_its_fits(run):
     [(0.2, 0.75, 0.071, ["0.071"]), (0.2, 0.6, 0.05, ["0.071"]), (0.1, 0.75, 0.05, [])],
 )
 def test_where_a_witness_shows_a_backdoor_a_rate_between_is_tried(monkeypatch, left, right, taken, tried):
-    import chain
+    import teachers
     from keeping import Kept
 
-    class Compared(chain.Teachers):
+    class Compared(teachers.Teachers):
         def _compare(self):
             self.told.update(left=left, taken=self.told["chosen"], witness=0.1)
 
     data = SimpleNamespace(partition=SimpleNamespace(validation=range(100)))
     subject = SimpleNamespace(weights="suspicious", datamodule=data)
-    monkeypatch.setattr(chain, "at_rate", lambda found, rate, subject: f"{rate:g}")
-    monkeypatch.setattr(chain, "kept_fit", lambda args, found, subject: Kept(found, passes=10))
-    monkeypatch.setattr(chain, "accuracy_of", lambda subject, path: 0.8 if path == "suspicious" else right)
+    monkeypatch.setattr(teachers, "at_rate", lambda found, rate, subject: f"{rate:g}")
+    monkeypatch.setattr(teachers, "kept_fit", lambda args, found, subject: Kept(found, passes=10))
+    monkeypatch.setattr(teachers, "accuracy_of", lambda subject, path: 0.8 if path == "suspicious" else right)
     cost = Kept("0.05", sweeps={"FineTuning": {"chosen": 0.05, "accuracies": {"0.1": 0.6, "0.05": 0.78}}})
-    teachers = Compared(None, "asked", "found", subject, {0.1: Kept("0.1"), 0.05: Kept("0.05")}, cost)
-    assert teachers.taken(max_loss=0.0875) == taken
+    found = Compared(None, "asked", "found", subject, {0.1: Kept("0.1"), 0.05: Kept("0.05")}, cost)
+    assert found.taken(max_loss=0.0875) == taken
     told = cost.sweeps["FineTuning"]
     assert [rate for rate in told["accuracies"] if rate not in ("0.1", "0.05")] == tried
     assert cost.passes == 10 * len(tried)
@@ -133,6 +133,19 @@ def test_what_is_suspected_is_unlearned_from_the_student_on_unless_it_costs_too_
     assert asked[0]["trainer"]["max_epochs"] * (300 // 50) >= 200
     assert (cost.path, cost.passes) == (path, 15)
     assert cost.sweeps.get("unlearning", {}).get("taken") == (after and path == "unlearned")
+
+
+@pytest.mark.parametrize(("ablation", "epochs"), [("steps_900", 20), ("steps_112", 3), ("no_alignment", 10)])
+def test_an_ablation_asks_for_other_steps_of_student_and_teacher(ablation, epochs):
+    import yaml
+    from common import HERE, config, merged
+    from keeping import settings_of
+
+    change = yaml.safe_load((HERE / "ablations" / f"{ablation}.yaml").read_text())
+    network = {"class_path": "nba_lightning.networks.SmallCNN", "init_args": {"width": 4}}
+    for sweep in (False, True):
+        told = settings_of(merged(config("defense", "nba"), change), 2250, network, sweep)
+        assert (told["epochs"], told["teacher"]["epochs"]) == (epochs, epochs)
 
 
 def test_what_is_there_is_kept_and_a_model_that_is_given_is_taken(run, tmp_path):
