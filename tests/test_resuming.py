@@ -152,12 +152,12 @@ def test_a_loader_draws_nothing_before_it_is_asked():
     assert all(torch.equal(a.images, b.images) and a.draw == b.draw for a, b in zip(rest, every[1:], strict=True))
 
 
-def test_three_kills_at_random_moments_change_no_bit(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "resume.py"), "--points", "3", "--seed", "5"]
+def test_two_kills_at_random_moments_change_no_bit(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "resume.py"), "--points", "2", "--seed", "5"]
     ran = subprocess.run([*command, "--result", str(tmp_path / "r.json")], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     points = json.loads((tmp_path / "r.json").read_text())["points"]
-    assert len(points) == 3
+    assert len(points) == 2
     assert all(point["same"] for point in points)
     assert max(max(point["resumed_from_steps"]) for point in points) > 0
 
