@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
+from nba_lightning import __version__
 from nba_lightning.app.chain import Chain, check_folder, say, write_json
 from nba_lightning.app.fits import STUDENT_STEPS, TEACHER_STEPS, Places
 from nba_lightning.app.networks import count_classes
@@ -103,7 +104,9 @@ def clean(
         say("1/6  The images", progress)
         data.setup()
         more = data.name_further_classes(count_classes(network, data.image_shape))
-        asked: dict[str, Any] = {"max_loss": max_loss, "teacher_steps": teacher_steps, "student_steps": student_steps}
+        # What another version left may lack what this one needs, or have been decided otherwise.
+        asked: dict[str, Any] = {"version": __version__, "max_loss": max_loss}
+        asked |= {"teacher_steps": teacher_steps, "student_steps": student_steps}
         asked |= {"scan": scan, "trust_classes": trust_classes, "seed": seed, **_identity(network, data)}
         size = sum(value.numel() * value.element_size() for value in network.state_dict().values())
         chain = Chain(folder, asked, _COPIES * size + 2**24)

@@ -99,7 +99,7 @@ def test_it_leaves_a_cleaned_network_and_a_report(owner):
     assert "mine" in Path("cleaned/report.html").read_text()
 
 
-def test_the_same_command_goes_on_and_another_is_refused(owner, capsys):
+def test_the_same_command_goes_on_and_another_is_refused(owner, monkeypatch):
     main(COMMAND)
     before = {path.name: path.read_bytes() for path in Path("cleaned").glob("*.safetensors")}
     seconds = report()["seconds"]
@@ -108,6 +108,10 @@ def test_the_same_command_goes_on_and_another_is_refused(owner, capsys):
     assert report()["seconds"] == seconds
     with pytest.raises(SystemExit, match=r"another run's results, .* other arguments: `max_loss` was 0.05, is 0.1\."):
         main([*COMMAND, "--max-loss", "0.1"])
+    with monkeypatch.context() as patch:
+        patch.setattr("nba_lightning.app.clean.__version__", "9.0.0")
+        with pytest.raises(SystemExit, match=r'other arguments: `version` was ".*", is "9\.0\.0"\.'):
+            main(COMMAND)
     write_images(owner / "images", 31)
     with pytest.raises(SystemExit, match=r"other arguments: `held_out` was 18, is 18|`images_hash` was"):
         main(COMMAND)
