@@ -57,7 +57,8 @@ def clean_command(
         output: folder for the results; the same command goes on with a run that was interrupted.
         classes: names of the class folders in the order of the network's outputs, as [cat,dog], or a file with a name
             a line. Default: alphabetical.
-        mean: of the normalisation that it was trained with, as [0.485,0.456,0.406]; [0], and std [1], for a network of images in [0, 1].
+        mean: of the normalisation that it was trained with, as [0.485,0.456,0.406]; [0], with std [1], for a network
+            of images in [0, 1].
         std: likewise.
         image_size: resize images to this height and width.
         channels: 3 for colour, 1 for grey.
@@ -140,7 +141,7 @@ def scan_command(
         images: folder of clean images, DIR/<class>/*; without it only what needs none is done, for --image_size.
         output: folder for scan.json.
         classes: names of the classes in the order of the network's outputs, as [cat,dog], or a file with a name a line.
-        mean: of the normalisation that it was trained with; [0], and std [1], for a network of images in [0, 1].
+        mean: of the normalisation that it was trained with; [0], with std [1], for one of images in [0, 1].
         std: likewise.
         image_size: resize images to this height and width.
         channels: 3 for colour, 1 for grey.
