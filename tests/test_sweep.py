@@ -90,7 +90,8 @@ def test_the_optimiser_follows_the_kind_of_the_network():
     plain = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
     grouped = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2))
     assert [usual_optimizer(one) for one in (depthwise, plain, grouped)] == ["AdamW", "SGD", "SGD"]
-    assert usual_optimizer(nn.Sequential(plain, nn.LayerNorm(4))) == "AdamW"
+    for norm, wanted in ((nn.LayerNorm(4), "AdamW"), (nn.GroupNorm(2, 4), "AdamW"), (nn.BatchNorm2d(4), "SGD")):
+        assert usual_optimizer(nn.Sequential(plain, norm)) == wanted
     assert all(USUAL_RATE[kind] in rates and list(rates) == sorted(rates)[::-1] for kind, rates in RATES.items())
 
 

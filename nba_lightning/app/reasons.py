@@ -7,8 +7,8 @@ from nba_lightning.data.owner import CleanImages
 from nba_lightning.training.sweep import TEACHERS_LOSS, teachers_loss
 
 _OPTIMISERS = {
-    "AdamW": "The network has layer normalisation or depthwise convolutions; such networks are trained adaptively.",
-    "SGD": "The network has neither layer normalisation nor depthwise convolutions.",
+    "AdamW": "The network has layer or group normalisation or depthwise convolutions; they are trained adaptively.",
+    "SGD": "The network has neither layer or group normalisation nor depthwise convolutions.",
 }
 _SWEPT = (
     "The strongest of those tried that cost at most {:.1f} points of accuracy on held-out images "

@@ -29,7 +29,7 @@ class FineTuning(Defense):
         pseudo_share: share of each batch that carries them, in [0, 1].
         mixed_share: share of each batch that is mixed by CutMix, in [0, 1].
         lr: initial learning rate; a high one is what removes backdoors. ``None`` fits the network: SGD at 0.05, or
-            AdamW at 0.001 for one with layer normalisation or depthwise convolutions.
+            AdamW at 0.001 for one with layer or group normalisation or depthwise convolutions.
         warmup: share of the steps over which the learning rate rises linearly.
         **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
 

@@ -93,7 +93,7 @@ class NBA(Distillation):
         regenerate_every_n_epochs: see :class:`~nba_lightning.callbacks.PseudoSampleRegeneration`. With few images
             pseudo samples serve more epochs than that, so that crafting takes a third of the passes at most.
         lr: initial learning rate; a third of the teacher's does well. ``None`` fits the network: SGD at 0.017, or AdamW
-            at 0.0003 for one with layer normalisation or depthwise convolutions.
+            at 0.0003 for one with layer or group normalisation or depthwise convolutions.
         **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
 
     Raises:

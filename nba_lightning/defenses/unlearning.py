@@ -71,7 +71,7 @@ class Unlearning(Distillation):
         kept: share of the way that the network keeps, in (0, 1].
         search: how suspected classes are looked for.
         lr: initial learning rate; ``None`` fits the network: SGD at 0.005, or AdamW at 0.0001 for one with layer
-            normalisation or depthwise convolutions.
+            or group normalisation or depthwise convolutions.
         **kwargs: further arguments of :class:`~nba_lightning.training.classifier.Classifier`.
 
     Attributes:

@@ -32,13 +32,15 @@ MIXED_OF_FEW = 0.5
 
 
 def usual_optimizer(network: nn.Module) -> Literal["SGD", "AdamW"]:
-    """The optimiser of a network's kind: AdamW for those with layer normalisation or depthwise convolutions.
+    """The optimiser of a network's kind: AdamW for those with layer or group normalisation or depthwise convolutions.
 
     Transformers, ConvNeXt, EfficientNet and MobileNet are trained by adaptive optimisers, and plain SGD ruins them long
-    before it removes anything; plain residual and convolutional networks take SGD with momentum.
+    before it removes anything, as it does residual networks with group normalisation; those with batch normalisation or
+    none take SGD with momentum.
     """
     for layer in network.modules():
-        if isinstance(layer, nn.LayerNorm) or (isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels):
+        depthwise = isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
+        if depthwise or isinstance(layer, nn.LayerNorm | nn.GroupNorm):
             return "AdamW"
     return "SGD"
 
