@@ -1,5 +1,6 @@
 """Networks of strangers that settings name: images in [0, 1] to logits, normalised inside."""
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,6 +67,17 @@ class ResNet18(Stranger):
         from torchvision.models import resnet18
 
         super().__init__(resnet18(num_classes=num_classes), mean, std, 3, ["layer1", "layer2", "layer3", "layer4"])
+
+
+class GroupNormResNet(Stranger):
+    """A ResNet of torchvision with one block at each resolution and group normalisation, from scratch."""
+
+    def __init__(self, num_classes: int, in_channels: int, mean: Any = 0.5, std: Any = 0.25) -> None:
+        from torchvision.models.resnet import BasicBlock, ResNet
+
+        inner = ResNet(BasicBlock, [1, 1, 1, 1], num_classes, norm_layer=functools.partial(nn.GroupNorm, 8))
+        inner.conv1 = nn.Conv2d(in_channels, 64, 5, stride=2, padding=2, bias=False)
+        super().__init__(inner, mean, std, in_channels, ["layer1", "layer2", "layer3", "layer4"])
 
 
 class Plain(nn.Module):
