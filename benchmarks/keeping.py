@@ -139,9 +139,9 @@ def lengthened(found: Any, images: int) -> Any:
         return found
     steps = images // min(found["data"]["init_args"]["batch_size"], images)
     epochs = math.ceil(found.get("steps", LEAST_STEPS) / steps)
-    return merged(
-        found, {"trainer": {"max_epochs": epochs if "steps" in found else max(found["trainer"]["max_epochs"], epochs)}}
-    )
+    if "steps" not in found:
+        epochs = max(found["trainer"]["max_epochs"], epochs)
+    return merged(found, {"trainer": {"max_epochs": epochs}})
 
 
 def kept_fit(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:

@@ -97,14 +97,15 @@ def test_a_cell_that_fails_is_recorded_and_stops_no_other(grid):
     assert "acc" in json.loads((folder / "d" / "badnets-fine_tuning-2.json").read_text())
 
 
-def test_an_ablation_s_teacher_is_found_among_the_models(grid, monkeypatch):
+def test_ablations_run_and_a_teacher_is_found_among_the_models(grid, monkeypatch):
     import keeping
 
     monkeypatch.setattr(keeping, "LEAST_STEPS", 10)
     folder, _ = grid
-    cells = ("--attacks", "badnets", "--seeds", "0", "--defenses", "--ablations", "teacher_never_poisoned")
-    ran = call("grid", folder, *cells)
+    ablations = ("regenerate_never", "teacher_never_poisoned")
+    ran = call("grid", folder, "--attacks", "badnets", "--seeds", "0", "--defenses", "--ablations", *ablations)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "acc" in json.loads((folder / "d" / "badnets-regenerate_never-0.json").read_text())
     given = (folder / "d" / "badnets-teacher_never_poisoned-0.json").read_text()
     assert "acc" in json.loads(given)
     assert str(folder) not in given  # settings, not where somebody keeps models

@@ -37,21 +37,18 @@ STEPS = 46
 def run(tmp_path_factory):
     import keeping
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keeping, "LEAST_STEPS", STEPS)
-        yield from settings_in(tmp_path_factory.mktemp("settings"))
-
-
-def settings_in(folder):
+    folder = tmp_path_factory.mktemp("settings")
     (folder / "tiny.yaml").write_text(TINY)
 
     def settings(*arguments):
         where = ("--work", folder / "work", "--results", folder / "r", "--only", folder / "tiny.yaml", "--seeds", "0")
         return call("settings", *where, *arguments)
 
-    ran = settings("--defenses", "fine_tuning", "nad", "--rates", "sweep")
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    yield folder, settings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeping, "LEAST_STEPS", STEPS)
+        ran = settings("--defenses", "fine_tuning", "nad", "--rates", "sweep")
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        yield folder, settings
 
 
 def cell(folder, name):
@@ -147,7 +144,6 @@ def test_what_is_suspected_is_unlearned_from_the_student_on_unless_it_costs_too_
 
 @pytest.mark.parametrize(("ablation", "epochs"), [("steps_900", 20), ("steps_112", 3), ("no_alignment", 10)])
 def test_an_ablation_asks_for_other_steps_of_student_and_teacher(ablation, epochs):
-    import yaml
     from common import HERE, config, merged
     from keeping import settings_of
 
