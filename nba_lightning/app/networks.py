@@ -43,7 +43,7 @@ def load_network(
         raise expected(
             "mean",
             "given with `std`: the normalisation with which the network was trained, one value for each channel "
-            "(`--mean [0] --std [1]` for a network that takes images in [0, 1]), which nobody can guess",
+            "(`--mean '[0]' --std '[1]'` for a network that takes images in [0, 1]), which nobody can guess",
             "None",
         )
     make, given = _resolve(network), dict(arguments or {})
