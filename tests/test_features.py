@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from nba_lightning.core.features import capture, features
+from nba_lightning.core.features import capture, changed, features
 from nba_lightning.core.layers import resolve_layers
 from nba_lightning.networks import PreActResNet18, SmallCNN, WideResNet
 
@@ -97,3 +97,40 @@ def test_features_that_are_overwritten_for_the_first_time_are_told():
 def test_a_layer_that_the_forward_pass_skips_is_named():
     with pytest.raises(ValueError, match="layers that the network's forward pass calls, but got 'unused', which it sk"):
         features(Residual(nn.ReLU()), torch.rand(2, 3, 6, 6), ["conv", "unused"])
+
+
+class Pair(nn.Module):
+    """A layer that returns its output within something else."""
+
+    def __init__(self, wrap, unwrap):
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.forward = wrap
+        self.unwrap = unwrap
+
+    def forward(self, images):
+        return self.unwrap(self.inner(images)).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "unwrap"),
+    [
+        (lambda x: x, lambda out: out),
+        (lambda x: (x, 7), lambda out: out[0] * (out[1] / 7)),
+        (lambda x: [x, 7], lambda out: out[0] * (out[1] / 7)),
+        (lambda x: {"maps": x, "more": 7}, lambda out: out["maps"] * (out["more"] / 7)),
+    ],
+)
+def test_features_are_changed_within_whatever_a_layer_returns(wrap, unwrap):
+    network, images = Pair(wrap, unwrap), torch.rand(2, 3, 4, 4)
+    with changed(network, "inner", lambda maps: maps + 1):
+        torch.testing.assert_close(network(images), images.mean(dim=(2, 3)) + 1)
+    assert torch.equal(network(images), images.mean(dim=(2, 3)))
+
+
+def test_features_are_as_before_after_an_error(network):
+    images = torch.rand(2, 1, 8, 8)
+    before = network.eval()(images)
+    with pytest.raises(ZeroDivisionError), changed(network, "block1", lambda maps: maps + 1 / 0):
+        network(images)
+    assert torch.equal(network(images), before)

@@ -65,7 +65,10 @@ def another(network):
 
 
 def states_equal(first, second):
-    return all(torch.equal(value, second[name]) for name, value in first.items())
+    def equal(one, other):
+        return states_equal(one, other) if isinstance(one, dict) else torch.equal(one, other)
+
+    return first.keys() == second.keys() and all(equal(value, second[name]) for name, value in first.items())
 
 
 def test_schedule_at_closed_values():

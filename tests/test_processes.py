@@ -16,6 +16,7 @@ from torch import nn
 
 from nba_lightning import D3, FST, NBA, Classifier, FineTuning, InputAwareTraining
 from nba_lightning.io.weights import load_weights
+from nba_lightning.pseudo import LatentPerturbations
 from nba_lightning.training.sharding import blocks_of, prepare_sharding
 from tests.helpers import drifted
 from tests.processes.cases import AGREE, SAME, run
@@ -153,7 +154,16 @@ def under(module, runner, strategy):
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
-@pytest.mark.parametrize("make", [lambda network: NBA(network, teacher=drifted(network)), FST, D3, InputAwareTraining])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda network: NBA(network, teacher=drifted(network)),
+        lambda network: FineTuning(network, latent=LatentPerturbations()),
+        FST,
+        D3,
+        InputAwareTraining,
+    ],
+)
 def test_what_needs_the_whole_network_refuses_shards(make, strategy, network, trainer):
     module = under(make(network), trainer(), strategy)
     match = f"keeps the whole network on each process, such as `ddp`, for {type(module).__name__}"

@@ -19,7 +19,7 @@ from nba_lightning.attacks import BadNets, InputAware, WaNet
 from nba_lightning.core.augmentation import RandomCropFlip
 from nba_lightning.data.sampler import BatchLoader
 from nba_lightning.io.checkpoints import SafeCheckpointIO
-from nba_lightning.pseudo import UniversalPerturbations
+from nba_lightning.pseudo import LatentPerturbations, UniversalPerturbations
 from tests.test_modules import DEFENSES, another, build, states_equal
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +76,16 @@ def test_checkpoints_at_any_step_will_do(network, trainer, tmp_path, every):
         return NBA(copy.deepcopy(network), teacher=another(network), pseudo=UniversalPerturbations(2, rms=0.2, steps=2))
 
     check(make, defender, trainer, tmp_path, [4, 5, 8, 9, 11], max_epochs=3, every=every)
+
+
+def test_perturbed_features_go_on_within_an_epoch(network, trainer, tmp_path):
+    """They serve 25 steps, so those of the first epoch are in every checkpoint."""
+
+    def make():
+        latent = LatentPerturbations(steps=2, images_each=2)
+        return FineTuning(copy.deepcopy(network), latent=latent, latent_share=0.5)
+
+    check(make, defender, trainer, tmp_path, [3, 9], max_epochs=3)
 
 
 def test_poisoned_training_goes_on_within_an_epoch(network, trainer, tmp_path):

@@ -1,6 +1,6 @@
 """Features of named layers, captured by forward hooks in one forward pass, without surgery on the model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -119,3 +119,26 @@ def features(model: nn.Module, images: Tensor, layers: Sequence[str]) -> tuple[T
     with capture(model, layers) as captured:
         logits = predict(model, images)
     return logits, {name: captured[name] for name in layers}
+
+
+@contextmanager
+def changed(model: nn.Module, layer: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change the features of one layer in every forward pass within the ``with`` block.
+
+    Args:
+        model: a network.
+        layer: module path.
+        change: from the layer's output (the first of several) to what layers behind it get; out of place.
+    """
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        found = change(_tensor_of(output))
+        if isinstance(output, Mapping):
+            return type(output)(**{**output, next(iter(output)): found})
+        return type(output)([found, *output[1:]]) if isinstance(output, tuple | list) else found
+
+    handle = model.get_submodule(layer).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -3,6 +3,7 @@
 from nba_lightning.pseudo.base import Disagreement, JSDisagreement, KLDisagreement, PseudoSamples
 from nba_lightning.pseudo.class_patches import ClassPatches
 from nba_lightning.pseudo.class_perturbations import ClassPerturbations
+from nba_lightning.pseudo.latent import LatentPerturbations
 from nba_lightning.pseudo.sample import SamplePerturbations
 from nba_lightning.pseudo.together import Together
 from nba_lightning.pseudo.trigger_families import TriggerFamilies
@@ -14,6 +15,7 @@ __all__ = [
     "Disagreement",
     "JSDisagreement",
     "KLDisagreement",
+    "LatentPerturbations",
     "PseudoSamples",
     "SamplePerturbations",
     "Together",

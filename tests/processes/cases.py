@@ -36,7 +36,7 @@ from nba_lightning import (
 from nba_lightning.attacks import LC, BadNets, InputAware, TrojanNN
 from nba_lightning.defenses.nba import Terms
 from nba_lightning.networks import SmallCNN
-from nba_lightning.pseudo import ClassPatches, ClassPerturbations, UniversalPerturbations
+from nba_lightning.pseudo import ClassPatches, ClassPerturbations, LatentPerturbations, UniversalPerturbations
 from tests.helpers import lively
 
 GLOBAL_BATCH = 24
@@ -194,7 +194,16 @@ def unlearning(folder, world):
     }
 
 
+def perturbed_features(folder, world):
+    """Which images carry them depends on the split."""
+    latent = LatentPerturbations(steps=2, images_each=2)
+    defense = FineTuning(network(), latent=latent)
+    trainer(folder, world).fit(defense, data(world))
+    return {**defense.model.state_dict(), **latent.banks}
+
+
 AGREE = {
+    "perturbed_features": perturbed_features,
     "unlearning": unlearning,
     "input_aware": input_aware,
     "trojannn": optimised(lambda: TrojanNN(network(SmallCNN).eval(), steps=3)),
