@@ -26,7 +26,10 @@ class LatentPerturbations(nn.Module):
     layer l a perturbation :math:`d_{kl}` of the shape of the features of one image is crafted, by gradient steps from
     noise, that minimises over clean images x
 
-    .. math:: CE(S(x;\, f_l + d_{kl}), k), \quad rms(d_{kl}) \le size \cdot rms(f_l)
+    .. math:: CE(S(x;\, f_l + d_{kl}), k), \quad rms(d_{kl}) \le size \cdot rms(f_l^0)
+
+    where :math:`f_l^0` are the features of the network as it came. (Were they those of the network as it is, both would
+    grow in turn.)
 
     Images whose features carry one keep their labels in training
     (:class:`~nba_lightning.defenses.FineTuning`), so that the way to the class is unlearned.
@@ -38,7 +41,8 @@ class LatentPerturbations(nn.Module):
     Args:
         layers: module paths of the layers; ``None`` takes the first two of
             :func:`nba_lightning.core.layers.default_layers`.
-        size: bound on a perturbation's root mean square, in units of that of the layer's features.
+        size: bound on a perturbation's root mean square, in units of that of the layer's features at the first
+            regeneration.
         steps: gradient steps at each regeneration, one batch each.
         images_each: clean images for each perturbation in a step.
         classes: how many classes are taken at each regeneration, at random, of a network that has more.
@@ -65,6 +69,7 @@ class LatentPerturbations(nn.Module):
         self.layers, self.size, self.steps = layers, size, steps
         self.images_each, self.classes = images_each, classes
         self.banks: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
 
     def layers_of(self, network: nn.Module) -> list[str]:
         """Module paths of the layers whose features are perturbed.
@@ -96,10 +101,10 @@ class LatentPerturbations(nn.Module):
             number = logits.shape[1]
             order = torch.randperm(number, generator=generator, device=images.device)
             classes = order[: self.classes].sort().values
-            self.banks = {
-                name: self._crafted(network, name, found, classes, batches, generator, reduce)
-                for name, found in seen.items()
-            }
+            for name, found in seen.items():
+                if name not in self.scales:
+                    self.scales[name] = reduce(found.float().square().mean()).sqrt()
+                self.banks[name] = self._crafted(network, name, found, classes, batches, generator, reduce)
 
     def passes(self, batch: int, num_classes: int) -> int:
         """How often images go through a network, forwards or backwards, in one regeneration.
@@ -149,7 +154,7 @@ class LatentPerturbations(nn.Module):
         reduce: Reduce,
     ) -> Tensor:
         """Perturbations `(K, ...)` of a layer with features ``found`` `(B, ...)`, one for each class."""
-        bound = self.size * reduce(found.float().square().mean()).sqrt()
+        bound = self.size * self.scales[layer].to(found.device)
         shape = (len(classes), *found.shape[1:])
         noise = torch.randn(shape, generator=generator, device=found.device)
         bank, owner = 0.1 * bound * noise / _rms(noise), torch.arange(len(classes), device=found.device)
@@ -173,13 +178,13 @@ class LatentPerturbations(nn.Module):
             loss = F.cross_entropy(logits.float(), wanted, reduction="sum")
             return torch.autograd.grad(GRADIENT_SCALE * loss, leaf)[0].float()
 
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """The perturbations `(K, ...)` by layer, for checkpoints; no shape is known before they are crafted."""
-        return self.banks
+    def get_extra_state(self) -> dict[str, dict[str, Tensor]]:
+        """Perturbations `(K, ...)` and scales by layer, for checkpoints; no shape is known before they are crafted."""
+        return {"banks": self.banks, "scales": self.scales}
 
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Take perturbations over."""
-        self.banks = dict(state)
+    def set_extra_state(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Take them over."""
+        self.banks, self.scales = dict(state["banks"]), dict(state["scales"])
 
 
 def _rms(perturbations: Tensor) -> Tensor:

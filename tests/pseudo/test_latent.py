@@ -88,6 +88,21 @@ def test_steps_go_along_the_gradient_by_hand():
     torch.testing.assert_close(made.banks["second"], bank, rtol=1e-4, atol=1e-5)
 
 
+def test_the_bound_is_that_of_the_network_as_it_came():
+    network, images = Plain(), torch.rand(6, 1, 2, 2)
+    made = crafted(network, images, layers=["second"], steps=8)
+    before = rms(made.banks["second"]).max()
+    with torch.no_grad():
+        network.second.weight.mul_(10)
+        network.second.bias.mul_(10)
+    made.regenerate(network, repeat(images), torch.Generator().manual_seed(1))
+    torch.testing.assert_close(rms(made.banks["second"]).max(), before, rtol=0.01, atol=0)
+    again = LatentPerturbations(["second"], steps=8)
+    again.set_extra_state(made.get_extra_state())
+    again.regenerate(network, repeat(images), torch.Generator().manual_seed(1))
+    assert torch.equal(again.banks["second"], made.banks["second"])
+
+
 def test_the_last_images_carry_them_and_layers_take_turns():
     network, images = Plain(), torch.rand(6, 1, 2, 2)
     made = crafted(network, images, layers=["first", "second"])
