@@ -80,6 +80,12 @@ class FineTuning(Defense):
         self.layers = [] if self.latent is None else self.latent.layers_of(model)
         self.needs_whole_network = self.latent is not None  # for its hooks
 
+    def setup(self, stage: str) -> None:
+        """As usual; what was crafted in another fit is forgotten, before a checkpoint brings back this one's."""
+        super().setup(stage)
+        if stage == "fit" and self.latent is not None:
+            self.latent.reset()
+
     def configure_callbacks(self) -> list[Callback]:
         """Craft perturbations of features anew, if there are any."""
         inherited = super().configure_callbacks()

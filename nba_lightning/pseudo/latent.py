@@ -42,7 +42,7 @@ class LatentPerturbations(nn.Module):
         layers: module paths of the layers; ``None`` takes the first two of
             :func:`nba_lightning.core.layers.default_layers`.
         size: bound on a perturbation's root mean square, in units of that of the layer's features at the first
-            regeneration.
+            regeneration (after a :meth:`reset`).
         steps: gradient steps at each regeneration, one batch each.
         images_each: clean images for each perturbation in a step.
         classes: how many classes are taken at each regeneration, at random, of a network that has more.
@@ -79,6 +79,10 @@ class LatentPerturbations(nn.Module):
         """
         found = resolve_layers(network, self.layers)
         return found if self.layers is not None else found[:_LAYERS]
+
+    def reset(self) -> None:
+        """Forget what was crafted, and for which network."""
+        self.banks, self.scales = {}, {}
 
     def regenerate(
         self,

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nba_lightning import FineTuning
 from nba_lightning.core.features import features, predict
+from nba_lightning.networks import SmallCNN
 from nba_lightning.pseudo import LatentPerturbations
 from tests.helpers import batch, lively, ready
 
@@ -174,6 +175,18 @@ def test_a_share_of_zero_is_plain_fine_tuning(network, trainer):
         trainer().fit(module, data)
         weights.append(predict(module.model.eval(), torch.ones(1, 1, 8, 8)))
     assert torch.equal(*weights)
+
+
+def test_one_object_serves_several_networks(clean_digits, trainer):
+    """Also of other widths, and with no bound of an earlier one."""
+    shared, scales = LatentPerturbations(steps=1), []
+    for width, size in ((4, 1.0), (6, 100.0)):
+        network = lively(SmallCNN(width=width, in_channels=1))
+        network.block1[1].weight.data *= size
+        trainer(max_epochs=1).fit(FineTuning(network, latent=shared), clean_digits)
+        assert shared.banks["block1"].shape == (10, width, 8, 8)
+        scales.append(float(shared.scales["block1"]))
+    assert scales[1] > 10 * scales[0]
 
 
 def test_a_fit_unlearns_what_leads_to_a_class(network, clean_digits, trainer):
