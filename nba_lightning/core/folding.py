@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nba_lightning.core.checks import expected, first_few
-from nba_lightning.core.features import logits_of
+from nba_lightning.core.features import changed, logits_of
 from nba_lightning.core.functional import in_float32
 
 
@@ -58,11 +58,8 @@ class Seam:
         shape = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
         plain = logits_of(model(images))
         wanted = logits_of(functional_call(model, folded, (images,)))
-        hook = layer.register_forward_hook(lambda _, inputs, output: output + constant.view(shape).to(output.dtype))
-        try:
+        with changed(model, self.layer, lambda output: output + constant.view(shape).to(output.dtype)):
             found = logits_of(model(images))
-        finally:
-            hook.remove()
         if not (found - wanted).float().norm() <= 0.1 * (found - plain).float().norm() + 1e-5:
             others = first_few([name for name in seams(model) if name != self.layer], 40)
             raise expected("layer", f"one whose output only {self.norm!r} sees, such as {others}", repr(self.layer))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from nba_lightning.core.checks import check_at_least, check_range
-from nba_lightning.core.features import features, predict
+from nba_lightning.core.features import changed, features, predict
 from nba_lightning.core.functional import GRADIENT_SCALE
 from nba_lightning.core.layers import resolve_layers
 from nba_lightning.core.modes import evaluating
@@ -218,12 +218,8 @@ class BTIDBF(Defense):
 
     def _masked(self, network: nn.Module, images: Tensor, factor: Tensor) -> Tensor:
         """Logits `(B, K)` with the layer's output times a factor."""
-        layer = network.get_submodule(self.layer)
-        hook = layer.register_forward_hook(lambda _, inputs, output: output * factor.to(output.dtype))
-        try:
+        with changed(network, self.layer, lambda found: found * factor.to(found.dtype)):
             return predict(network, images)
-        finally:
-            hook.remove()
 
     def inversion_loss(self, network: nn.Module, images: Tensor, mask: Tensor) -> Tensor:
         """What the generator minimises.

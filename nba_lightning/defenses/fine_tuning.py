@@ -1,6 +1,5 @@
 """Fine-tuning: the plainest defence, and the teacher of NBA."""
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,13 +16,10 @@ from nba_lightning.core.features import predict
 from nba_lightning.core.randomness import generator_for
 from nba_lightning.io.batches import plain_images
 from nba_lightning.pseudo import LatentPerturbations, PseudoSamples, SamplePerturbations, UniversalPerturbations
-from nba_lightning.training.cost import number_of_classes
+from nba_lightning.training.cost import number_of_classes, passes_of_paced_crafting
 from nba_lightning.training.defense import Defense
-from nba_lightning.training.schedule import batches_of_an_epoch
+from nba_lightning.training.schedule import epochs_of_crafted
 from nba_lightning.training.sweep import USUAL_RATE
-
-_STEPS_OF_LATENT = 25
-"""Steps that perturbations of features serve at least."""
 
 
 class FineTuning(Defense):
@@ -94,7 +90,7 @@ class FineTuning(Defense):
 
     def least_epochs_of_pseudo_samples(self) -> int:
         """As many as there are steps in which perturbations serve at least."""
-        return math.ceil(_STEPS_OF_LATENT / batches_of_an_epoch(self.trainer))
+        return epochs_of_crafted(self.trainer)
 
     def observed_layers(self) -> list[str]:
         """The layers whose features are perturbed."""
@@ -104,9 +100,8 @@ class FineTuning(Defense):
         """See :meth:`Classifier.passes_beside`; synthetic triggers are not searched here."""
         if self.latent is None:
             return {}
-        processes = self.trainer.world_size
-        times = processes * math.ceil(epochs / self.least_epochs_of_pseudo_samples())
-        return {"crafting": times * self.latent.passes(batch // processes, number_of_classes(self))}
+        passes = self.latent.passes(batch // self.trainer.world_size, number_of_classes(self))
+        return {"crafting": passes_of_paced_crafting(self, epochs, passes)}
 
     def regenerate(self) -> None:
         """Craft perturbations of features for the network as it is now."""

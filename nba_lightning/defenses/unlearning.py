@@ -1,6 +1,5 @@
 """Unlearning what only the suspicious network falls for."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,17 +17,15 @@ from nba_lightning.core.modes import Frozen, fingerprint
 from nba_lightning.core.randomness import generator_for
 from nba_lightning.io.batches import clean_batches, plain_images
 from nba_lightning.pseudo import ClassPatches, ClassPerturbations, Together
-from nba_lightning.training.cost import number_of_classes
+from nba_lightning.training.cost import number_of_classes, passes_of_paced_crafting
 from nba_lightning.training.distillation import Distillation
-from nba_lightning.training.schedule import batches_of_an_epoch
+from nba_lightning.training.schedule import batches_of_an_epoch, epochs_of_crafted
 from nba_lightning.training.search import Search
 from nba_lightning.training.sweep import UNLEARNING_RATE
 from nba_lightning.training.ways import set_at
 
-_STEPS_OF_PSEUDO_SAMPLES = 25
-"""Steps that pseudo samples serve at least; twice as many, if they are for more than the next number of classes."""
 _CLASSES = 5
-"""Of more classes each has fewer images in crafting, so that it costs about as much as for so many."""
+"""Of more classes each has fewer images in crafting, which so costs about as much, and comes half as often."""
 
 
 class Unlearning(Distillation):
@@ -136,8 +133,7 @@ class Unlearning(Distillation):
 
     def least_epochs_of_pseudo_samples(self) -> int:
         """As many as there are steps in which pseudo samples serve at least."""
-        several = 1 + (len(self._classes_at_most()) > _CLASSES)
-        return math.ceil(several * _STEPS_OF_PSEUDO_SAMPLES / batches_of_an_epoch(self.trainer))
+        return epochs_of_crafted(self.trainer, 1 + (len(self._classes_at_most()) > _CLASSES))
 
     def passes_of_step(self) -> float:
         """See :meth:`Classifier.passes_of_step`: there and back, and once through the suspicious network."""
@@ -146,9 +142,9 @@ class Unlearning(Distillation):
     def passes_beside(self, epochs: int, images: int, batch: int) -> dict[str, int]:
         """See :meth:`Classifier.passes_beside`."""
         processes = self.trainer.world_size
-        times = processes * math.ceil(epochs / self.least_epochs_of_pseudo_samples())
         self._craft_for(most := self._classes_at_most())
-        found = {"crafting": times * self.pseudo.passes(batch // processes, len(most))}
+        passes = self.pseudo.passes(batch // processes, len(most))
+        found = {"crafting": passes_of_paced_crafting(self, epochs, passes)}
         if self.classes is None:
             found["the search"] = processes * self.search.passes(number_of_classes(self), images // processes, 0)
         return found

@@ -174,6 +174,24 @@ def project(perturbations: Tensor, rms: float) -> Tensor:
     return perturbations * (rms / size).clamp(max=1.0).view(-1, 1, 1, 1)
 
 
+def root_mean_square(rows: Tensor) -> Tensor:
+    """That of each row `(N, ...)`, `(N, 1, ...)`, never 0."""
+    return rows.square().mean(dim=tuple(range(1, rows.dim())), keepdim=True).sqrt().clamp(min=1e-12)
+
+
+def descended(rows: Tensor, gradients: Tensor, bounds: Tensor, steps: int) -> Tensor:
+    """Rows `(N, ...)` after one of so many steps against their gradients, each scaled back to its bound.
+
+    Args:
+        rows: perturbations of images or features.
+        gradients: of the same shape; only their directions count.
+        bounds: on the root mean square of a row: one, or `(N, 1, ...)`.
+        steps: of the whole descent, which is 2.5 times the bound long, as for :func:`step_size`.
+    """
+    moved = rows - 2.5 / steps * bounds * gradients / root_mean_square(gradients)
+    return moved * (bounds / root_mean_square(moved)).clamp(max=1.0)
+
+
 def step_size(rms: float, steps: int, images: Tensor) -> float:
     """Length of a gradient step on perturbations of images `(B, C, H, W)`."""
     # 2.5 times the radius over all steps, as projected gradient descent usually takes (Madry et al., ICLR 2018).

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nba_lightning.core.checks import check_range, expected
-from nba_lightning.pseudo.base import noise_for, project
+from nba_lightning.pseudo.base import descended, noise_for, project
 from nba_lightning.pseudo.per_class import PerClass
 
 
@@ -63,12 +63,4 @@ class ClassPerturbations(PerClass):
 
     def _moved(self, bank: Tensor, gradients: Tensor, step: int) -> Tensor:
         bounds = self._bounds(len(bank), bank.device)
-        return _bounded(bank - 2.5 / self.steps * bounds * gradients / _rms(gradients), bounds)
-
-
-def _rms(perturbations: Tensor) -> Tensor:
-    return perturbations.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
-
-
-def _bounded(perturbations: Tensor, bounds: Tensor) -> Tensor:
-    return perturbations * (bounds / _rms(perturbations)).clamp(max=1.0)
+        return descended(bank, gradients, bounds, self.steps)

@@ -12,11 +12,10 @@ from nba_lightning.core.features import changed, features, predict
 from nba_lightning.core.functional import GRADIENT_SCALE
 from nba_lightning.core.layers import resolve_layers
 from nba_lightning.core.modes import evaluating
-from nba_lightning.pseudo.base import Reduce, same
+from nba_lightning.pseudo.base import Reduce, descended, root_mean_square, same
 
 _LAYERS = 2
 """Of a network's default layers the first ones are perturbed: behind them there is enough left that can unlearn."""
-_EPSILON = 1e-12
 
 
 class LatentPerturbations(nn.Module):
@@ -161,14 +160,13 @@ class LatentPerturbations(nn.Module):
         bound = self.size * self.scales[layer].to(found.device)
         shape = (len(classes), *found.shape[1:])
         noise = torch.randn(shape, generator=generator, device=found.device)
-        bank, owner = 0.1 * bound * noise / _rms(noise), torch.arange(len(classes), device=found.device)
-        owner = owner.repeat_interleave(self.images_each)
+        bank = 0.1 * bound * noise / root_mean_square(noise)
+        owner = torch.arange(len(classes), device=found.device).repeat_interleave(self.images_each)
         for _ in range(self.steps):
             images = next(batches)
             chosen = torch.randint(len(images), owner.shape, generator=generator, device=images.device)
             gradients = reduce(self._gradients(network, layer, images[chosen], bank, owner, classes[owner]))
-            bank = bank - 2.5 / self.steps * bound * gradients / _rms(gradients)
-            bank = bank * (bound / _rms(bank)).clamp(max=1.0)
+            bank = descended(bank, gradients, bound, self.steps)
         return bank
 
     def _gradients(
@@ -189,8 +187,3 @@ class LatentPerturbations(nn.Module):
     def set_extra_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Take them over."""
         self.banks, self.scales = dict(state["banks"]), dict(state["scales"])
-
-
-def _rms(perturbations: Tensor) -> Tensor:
-    """Root mean square of each row, for division."""
-    return perturbations.square().mean(dim=tuple(range(1, perturbations.dim())), keepdim=True).sqrt().clamp(_EPSILON)

@@ -83,6 +83,18 @@ def passes_of_crafting(module: Any, epochs: int, images: int, batch: int) -> int
     return times * processes * pseudo.passes(of_one[1], number_of_classes(module))
 
 
+def passes_of_paced_crafting(module: Any, epochs: int, passes: int) -> int:
+    """Passes of crafting in a fit of a module that says how many epochs pseudo samples serve.
+
+    Args:
+        module: one with ``least_epochs_of_pseudo_samples``.
+        epochs: of the fit.
+        passes: of one regeneration on one process.
+    """
+    times = math.ceil(epochs / module.least_epochs_of_pseudo_samples())
+    return int(module.trainer.world_size * times * passes)
+
+
 def epochs_of_pseudo_samples(module: Any, images: float, batch: int) -> int:
     """Epochs that pseudo samples must serve for crafting to take no more than :data:`CRAFTING` of the steps' passes.
 

@@ -6,6 +6,8 @@ import lightning.pytorch as pl
 
 from nba_lightning.core.checks import expected
 
+_STEPS_OF_CRAFTED = 25
+
 
 def batches_of_an_epoch(trainer: pl.Trainer) -> int:
     """Training batches of an epoch on this process; loaders are set up if they are not yet.
@@ -19,6 +21,11 @@ def batches_of_an_epoch(trainer: pl.Trainer) -> int:
     if math.isinf(batches):
         raise expected("limit_train_batches", "given where the loader has no length", trainer.limit_train_batches)
     return int(batches)
+
+
+def epochs_of_crafted(trainer: pl.Trainer, times: int = 1) -> int:
+    """Epochs that what is crafted serves at least: those of 25 steps, or some times as many."""
+    return math.ceil(times * _STEPS_OF_CRAFTED / batches_of_an_epoch(trainer))
 
 
 def cosine_factor(step: int, steps: int, warmup: float = 0.0) -> float:

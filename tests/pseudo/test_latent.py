@@ -39,24 +39,23 @@ def rms(rows):
     return rows.flatten(1).square().mean(dim=1).sqrt()
 
 
-def away(network, made, layer, images, factor=1.0):
-    """Cross-entropy of each class under its own perturbation, times a factor."""
-    found = []
+def answers(network, made, layer, images, factor=1.0):
+    """Each class, and the logits of all images under its perturbation of a layer, times a factor."""
     for number, row in enumerate(made.banks[layer]):
-        handle = network.get_submodule(layer).register_forward_hook(lambda _, __, out, row=row: out + factor * row)
-        found.append(F.cross_entropy(network(images), torch.full((len(images),), number)))
+        handle = network.get_submodule(layer).register_forward_hook(lambda _, __, found, row=row: found + factor * row)
+        yield number, network(images)
         handle.remove()
+
+
+def away(*args):
+    """Cross-entropy of each class under its own perturbation."""
+    found = [F.cross_entropy(logits, torch.full((len(logits),), number)) for number, logits in answers(*args)]
     return torch.stack(found)
 
 
-def won(network, made, layer, images):
-    """Share of the images that each perturbation of a layer brings to its class."""
-    shares = []
-    for number, row in enumerate(made.banks[layer]):
-        handle = network.get_submodule(layer).register_forward_hook(lambda _, __, found, row=row: found + row)
-        shares.append((network(images).argmax(dim=1) == number).float().mean())
-        handle.remove()
-    return torch.stack(shares)
+def won(*args):
+    """Share of the images that each perturbation brings to its class."""
+    return torch.stack([(logits.argmax(dim=1) == number).float().mean() for number, logits in answers(*args)])
 
 
 @pytest.mark.parametrize("layer", ["block1", "block2"])
