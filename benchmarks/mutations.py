@@ -260,7 +260,8 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("evidence: images of the class count as won", "training/evidence.py", "others = before != wanted", "others = before == before", "verification"),
     ("evidence: the first size counts", "training/search.py", "best = max(range(len(tried)), key=lambda number: _lead(tried[number][2]))", "best = 0", "verification"),
     # The teacher's rate.
-    ("sweep: the weakest affordable rate", "training/sweep.py", "return max(kept) if kept", "return min(kept) if kept", "sweep"),
+    ("sweep: the weakest affordable rate", "training/sweep.py", "return max(kept)", "return min(kept)", "sweep"),
+    ("sweep: none affordable, weakest", "training/sweep.py", "return max(rate for rate", "return min(rate for rate", "sweep"),
     ("sweep: gains are losses", "training/sweep.py", "return accuracy >= least_accuracy", "return accuracy <= least_accuracy", "sweep"),
     ("sweep: from the strongest on", "training/sweep.py", "left[len(left) // 2]", "left[0]", "sweep"),
     ("sweep: the strongest of the most accurate", "training/sweep.py", "(accuracies[rate], -rate)", "(accuracies[rate], rate)", "sweep"),

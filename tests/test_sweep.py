@@ -13,6 +13,7 @@ from nba_lightning.training.sweep import (
     gentler_rates,
     keeps,
     may_replace,
+    most_accurate,
     next_rate,
     strongest_rate,
     teachers_loss,
@@ -33,7 +34,20 @@ def test_a_gap_below_a_rate_that_keeps_it_does_not_matter():
 
 def test_where_none_keeps_it_the_one_that_lost_least_is_taken():
     assert strongest_rate({0.01: 0.4, 0.1: 0.5, 1.0: 0.1}, 0.9, 1000) == 0.1
-    assert strongest_rate({0.1: 0.5, 0.01: 0.5, 1.0: 0.0}, 0.9, 1000) == 0.01
+    assert strongest_rate({0.1: 0.6, 0.01: 0.8, 1.0: 0.5}, 0.9, 1000) == 0.01
+
+
+def test_where_none_keeps_it_a_weaker_one_that_lost_hardly_less_is_not_taken():
+    accuracies = {0.025: 0.748, 0.006: 0.748, 0.003: 0.752, 0.1: 0.684}  # of 250 images: a standard error is 0.0272
+    assert strongest_rate(accuracies, 0.812, 250) == 0.025
+    assert strongest_rate({0.003: 0.752, 0.025: 0.7252}, 0.812, 250) == 0.025
+    assert strongest_rate({0.003: 0.752, 0.025: 0.7244}, 0.812, 250) == 0.003
+    assert strongest_rate({0.003: 0.74, 0.025: 0.752}, 0.812, 250) == 0.025
+
+
+def test_of_equally_accurate_ones_the_gentlest_is_taken():
+    assert most_accurate({0.1: 0.78, 0.025: 0.81, 0.05: 0.81}) == 0.025
+    assert most_accurate({0.1: 0.82, 0.025: 0.81, 0.05: 0.81}) == 0.1
 
 
 @pytest.mark.parametrize(("baseline", "images"), [(0.5, 110), (0.7, 130), (0.6, 150)])

@@ -13,7 +13,8 @@ _OPTIMISERS = {
 _SWEPT = (
     "The strongest of those tried that cost at most {:.1f} points of accuracy on held-out images "
     f"({TEACHERS_LOSS:g} times what the cleaned network may lose, since the student learns a part of it back) or what "
-    "chance may, else the one that lost least; of gentler ones that withstand as much as it the most accurate."
+    "chance may, or if none did the strongest that lost hardly more than the least; of gentler ones that withstand as "
+    "much as it the most accurate."
 )
 _USUAL = "The usual one of this optimiser, since no images were held out to tell rates apart."
 

@@ -66,7 +66,7 @@ class Tried:
         self.affordable[rate] = kept
 
     def strongest(self, max_loss: float) -> float:
-        """The strongest rate that is affordable, or else the one that lost least."""
+        """The strongest rate that is affordable, or else that of those which lost hardly more than the least."""
         if not self.images:
             return min(self.found)
         able = {rate: self.right[rate] for rate, good in self.affordable.items() if good} or self.right

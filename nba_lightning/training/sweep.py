@@ -224,8 +224,10 @@ def strongest_rate(accuracies: Mapping[float, float], baseline: float, images: i
         max_loss: what may be lost.
 
     Returns:
-        The largest rate that :func:`keeps` the accuracy; where none does, the one that lost least, of equal ones the
-        smallest.
+        The largest rate that :func:`keeps` the accuracy. Where none does, the largest whose accuracy is within a
+        standard error of the highest: a gentle rate may lose as much as a stronger one, and leave what that removes.
+
+    Source: the rule of one standard error (Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3).
 
     Raises:
         ValueError: for no rate, or accuracies outside [0, 1].
@@ -237,7 +239,11 @@ def strongest_rate(accuracies: Mapping[float, float], baseline: float, images: i
     if not accuracies:
         raise expected("accuracies", "of at least one rate", "none")
     kept = [rate for rate, accuracy in accuracies.items() if keeps(accuracy, baseline, images, max_loss)]
-    return max(kept) if kept else most_accurate(accuracies)
+    if kept:
+        return max(kept)
+    highest = max(accuracies.values())
+    least = highest - _standard_error(highest, images) - 1e-9
+    return max(rate for rate, accuracy in accuracies.items() if accuracy >= least)
 
 
 def most_accurate(accuracies: Mapping[float, float]) -> float:
