@@ -43,7 +43,7 @@ def clean(args: argparse.Namespace, found: Any, subject: Subject, sweep: bool = 
     elif sweep and kind_of(found) == "NBA":
         result = aligned(args, found, subject)
     else:
-        asked = teacher_config(found)
+        asked = teacher_config(found, subject.images)
         teacher = one(args, lengthened(asked, subject.images) if sweep else asked, subject)
         result = one(args, taught_by(found, teacher), subject)
         result.add(teacher)
@@ -64,7 +64,7 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     comes of it lost too much, a teacher that did not takes its place. What reaches classes that verification
     suspected is unlearned, or any class.
     """
-    asked = lengthened(teacher_config(found), subject.images)
+    asked = lengthened(teacher_config(found, subject.images), subject.images)
     asked = merged(asked, {"model": {"init_args": {"mixed_share": teachers_mixed_share(subject.images)}}})
     cost, teachers = Kept(None), dict[float, Kept]()
     images, baseline = len(subject.datamodule.partition.validation), accuracy_of(subject, subject.weights)

@@ -23,6 +23,7 @@ from nba_lightning import NBA, BackdoorDataModule, Defense
 from nba_lightning.callbacks.finite_loss import NonFiniteLossError
 from nba_lightning.io.weights import load_weights, save_weights
 from nba_lightning.training.distillation import Distillation
+from nba_lightning.training.sweep import teachers_latent_share
 
 TEACHERS = {"NBA": "teacher", "NAD": "fine_tuning"}
 """The configuration that makes the teacher of each method."""
@@ -101,8 +102,11 @@ def needs_teacher(spec: Any, network: Any) -> bool:
     return isinstance(module, Distillation) and module.needs_teacher
 
 
-def teacher_config(found: Any) -> Any:
-    """The teacher's fit, on the images of the defence ``found``; an ablation may change it alone, by ``teacher``."""
+def teacher_config(found: Any, images: int) -> Any:
+    """The teacher's fit, on so many images of the defence whose configuration is ``found``.
+
+    An ablation may change the teacher alone, by ``teacher``.
+    """
     own = config("defense", TEACHERS[found["model"]["class_path"].rpartition(".")[2]])
     subset = {name: value for name, value in found["data"]["init_args"].items() if name != "batch_size"}
     changes: dict[str, Any] = {"data": {"init_args": subset}}
@@ -111,12 +115,16 @@ def teacher_config(found: Any) -> Any:
         changes["model"] = {"init_args": {"pseudo": {"init_args": {"families": families}}}}
     if "steps" in found:
         changes["steps"] = found["steps"]
-    return merged(merged(own, changes), {"model": {"init_args": found.get("teacher", {})}})
+    made = merged(merged(own, changes), {"model": {"init_args": found.get("teacher", {})}})
+    if not teachers_latent_share(images):
+        for name in ("latent", "latent_share"):
+            made["model"]["init_args"].pop(name, None)
+    return made
 
 
 def settings_of(found: Any, images: int, network: Any, sweep: bool = False) -> dict[str, Any]:
     """What a result says of the settings, those of the teacher's fit among them."""
-    fits = {"": found} | ({"teacher": teacher_config(found)} if needs_teacher(found["model"], network) else {})
+    fits = {"": found} | ({"teacher": teacher_config(found, images)} if needs_teacher(found["model"], network) else {})
     told = {name: _settings(lengthened(fit, images) if sweep else fit, images) for name, fit in fits.items()}
     return told.pop("") | told
 

@@ -32,6 +32,7 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("latent: hooks stay", "core/features.py", "    finally:\n        handle.remove()\n", "    finally:\n        pass\n", "pseudo/latent"),
     ("fine-tuning: features are not perturbed", "defenses/fine_tuning.py", "with self._perturbed(self.trainer.global_step, generator):", "if True:", "pseudo/latent"),
     ("fine-tuning: perturbed features on shards", "defenses/fine_tuning.py", "self.needs_whole_network = self.latent is not None", "self.needs_whole_network = False", "processes"),
+    ("teacher: perturbed features of few images", "training/sweep.py", "return 0.0 if images < FEW_IMAGES else LATENT_OF_MANY", "return LATENT_OF_MANY", "sweep"),
     # Fine-tuning with sharpness-aware minimisation.
     ("ft-sam: not adaptive", "training/sharpness.py", "(rho / norm) * size * w for size", "(rho / norm) * w for size", "defenses/ft_sam"),
     ("ft-sam: no norm", "training/sharpness.py", "(rho / norm)", "rho", "defenses/ft_sam"),
@@ -221,7 +222,8 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("evidence: a suspect's patch must win as much as any", "training/search.py", "_BY_PATCH_OF_SUSPECT = 0.5", "_BY_PATCH_OF_SUSPECT = 0.8", "verification"),
     ("evidence: a suspect need not win much", "training/search.py", "(most > _WON_AT_LAST)", "(most > 0)", "verification"),
     ("evidence: larger perturbations of no suspect stay", "training/search.py", "return found.only(first | enough)", "return found.only(first | enough | ~found.patches)", "verification"),
-    ("teacher: few images are not mixed", "app/teachers.py", "mixed = teachers_mixed_share(len(link.data.training))", "mixed = 0.0", "app/clean"),
+    ("teacher: few images are not mixed", "app/teachers.py", "teachers_mixed_share(images)", "0.0", "app/clean"),
+    ("teacher: features are not perturbed", "app/teachers.py", "teachers_latent_share(images)", "0.0", "app/clean"),
     ("verification: few images are enough", "training/verification.py", "if few or not sighted:", "if not sighted:", "verification"),
     ("verification: what is kept gives back most", "training/choice.py", "return min(enough, key", "return max(enough, key", "verification"),
     ("verification: any amount may come back", "training/choice.py", "one.right >= least_right and one.back <= most]", "one.right >= least_right]", "verification"),

@@ -19,7 +19,7 @@ from nba_lightning.callbacks import NonFiniteLossError
 from nba_lightning.core.randomness import generator_for, shuffled
 from nba_lightning.defenses import FineTuning
 from nba_lightning.io.weights import load_weights
-from nba_lightning.pseudo import TriggerFamilies
+from nba_lightning.pseudo import LatentPerturbations, TriggerFamilies
 from nba_lightning.training.sweep import (
     MAY_BE_LEFT,
     RATES,
@@ -30,6 +30,7 @@ from nba_lightning.training.sweep import (
     next_rate,
     rate_between,
     strongest_rate,
+    teachers_latent_share,
     teachers_mixed_share,
     usual_optimizer,
     witness_rate,
@@ -213,8 +214,9 @@ def _withstanding(
 def _try(network: nn.Module, link: Link, rate: float, seed: int, show: bool) -> dict[str, Any]:
     """A teacher of one rate; weights stay in the link's folder."""
     say(f"  fine-tuning at rate {rate:g}: {link.cost()}", show)
-    mixed = teachers_mixed_share(len(link.data.training))
-    asked: dict[str, Any] = {"pseudo": TriggerFamilies(), "mixed_share": mixed, "seed": seed}
+    images = len(link.data.training)
+    shares = {"mixed_share": teachers_mixed_share(images), "latent_share": teachers_latent_share(images)}
+    asked: dict[str, Any] = {"pseudo": TriggerFamilies(), "latent": LatentPerturbations(), **shares, "seed": seed}
     module = FineTuning(copy.deepcopy(network), **asked, **optimizer_for(network, rate))
     try:
         found = link.fit(module, link.folder / "teacher.safetensors")

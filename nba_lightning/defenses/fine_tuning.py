@@ -27,8 +27,8 @@ class FineTuning(Defense):
 
     With ``pseudo``, a share of each batch carries synthetic triggers and keeps its labels, and with ``mixed_share`` a
     share is mixed by CutMix, labels too: then it minimises :math:`CE(S(z), \tilde y)` for these images z and mixed
-    labels. This makes the teacher of :class:`~nba_lightning.defenses.NBA`. With ``latent``, features of a share of the
-    images are perturbed on their way through the network; that removes more at low rates, and may lose accuracy at any.
+    labels. With ``latent``, features of a share of the images are perturbed on their way through the network. All three
+    together make the teacher of :class:`~nba_lightning.defenses.NBA`.
 
     Args:
         model: the suspicious network.

@@ -29,6 +29,8 @@ _LEAST_OF_WITNESS = 0.5
 """Share of the suspicious network's accuracy; a network that has less is a ruin and bears witness to nothing."""
 MIXED_OF_FEW = 0.5
 """Share of few images that CutMix mixes for a teacher; of many it gains nothing."""
+LATENT_OF_MANY = 1 / 3
+"""Share of many images whose features are perturbed for a teacher; of few it gains little."""
 
 
 def usual_optimizer(network: nn.Module) -> Literal["SGD", "AdamW"]:
@@ -86,6 +88,11 @@ def teachers_loss(max_loss: float) -> float:
 def teachers_mixed_share(images: int) -> float:
     """Share of the images of NBA's teacher that CutMix mixes, of so many clean images; in [0, 1]."""
     return MIXED_OF_FEW if images < FEW_IMAGES else 0.0
+
+
+def teachers_latent_share(images: int) -> float:
+    """Share of the images of NBA's teacher whose features are perturbed, of so many clean images; in [0, 1]."""
+    return 0.0 if images < FEW_IMAGES else LATENT_OF_MANY
 
 
 def least_accuracy(baseline: float, images: int, max_loss: float = 0.05) -> float:

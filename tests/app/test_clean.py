@@ -20,6 +20,7 @@ from nba_lightning.app.cli import main
 from nba_lightning.app.steps import Cleaning
 from nba_lightning.core.features import predict
 from nba_lightning.networks import SmallCNN
+from nba_lightning.training import sweep
 from tests.app.conftest import write_images
 
 NETWORK = [
@@ -161,18 +162,20 @@ def test_a_teacher_that_lost_too_much_gives_way_to_a_smaller_rate(owner, monkeyp
     assert not Path("cleaned/rejected.safetensors").exists()
 
 
-def test_half_of_few_images_are_mixed_for_a_teacher(owner, monkeypatch):
-    shares = []
+@pytest.mark.parametrize(("few", "shares"), [(200, (0.5, 0.0, False)), (10, (0.0, 1 / 3, True))])
+def test_few_images_are_mixed_for_a_teacher_and_features_of_many_are_perturbed(few, shares, owner, monkeypatch):
+    asked = []
 
     class Asked(FineTuning):
         def __init__(self, *given, **named):
             super().__init__(*given, **named)
-            shares.append(self.mixed_share)
+            asked.append((self.mixed_share, self.latent_share, self.latent is not None))
 
     monkeypatch.setattr(teachers, "FineTuning", Asked)
+    monkeypatch.setattr(sweep, "FEW_IMAGES", few)
     monkeypatch.setitem(teachers.RATES, "SGD", (0.05,))
     main(COMMAND)
-    assert shares == [0.5]
+    assert asked == [shares]
 
 
 def test_without_any_good_teacher_nothing_is_aligned(owner, monkeypatch):
