@@ -66,7 +66,12 @@ def test_it_says_what_it_is_about_since_it_may_take_longer_than_the_fit(caplog):
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         keep(Net(0.0), shares=(1.0, 0.5), direct=(0.3,))
     told = [record.getMessage() for record in caplog.records]
-    assert [line.partition(":")[0] for line in told[:-1]] == ["Verifying"] * 4, told
+    sizes = sum("Searching: perturbations of 3 classes, size " in line for line in told)
+    assert 1 <= sizes <= len(SEARCH.sizes)
+    assert any(f"Searching: patches of 3 classes, {SEARCH.grid**2} places" in line for line in told)
+    assert [line.partition(":")[0] for line in told[:-1]] == ["Verifying"] + ["Searching"] * (sizes + 1) + [
+        "Verifying"
+    ] * 3
     for way, places in {"halfway": 5, "direct": 1, "over the student": 2}.items():
         assert any(f"'{way}', {places} places" in line for line in told[1:-1])
 

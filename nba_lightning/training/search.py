@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from nba_lightning.core.checks import check_at_least, check_range, expected
@@ -135,7 +136,8 @@ class Search:
             return crafting.bank
 
         tried: list[tuple[Tensor, Tensor, Tensor]] = []
-        for size in self.sizes:
+        for number, size in enumerate(self.sizes, start=1):
+            rank_zero_info(f"Searching: perturbations of {len(classes)} classes, size {number} of {len(self.sizes)}.")
             bank = crafted(size, classes)
             taught, came_in = (
                 won(network, looked_at[:few], classes, bank, reduce) for network in (teacher, suspicious)
@@ -153,6 +155,8 @@ class Search:
         rows = [torch.cat([part, *(part[suspects] for _ in larger)]) for part in (classes, suspects)]
         found = Evidence(rows[0], torch.cat([bank, *larger]), rows[1], looked_at, few, reduce)
         at_once = max(1, _VALUES_AT_ONCE // max(1, self.grid**2 * first[0].numel()))
+        if self.grid:
+            rank_zero_info(f"Searching: patches of {len(classes)} classes, {self.grid**2} places for each.")
         for part in torch.split(classes, at_once) if self.grid else ():
             crafting = ClassPatches(self.grid, self.steps, _IMAGES_OF_PATCH, part.tolist())
             crafting.regenerate(suspicious, teacher, batches, generator, reduce)
