@@ -32,7 +32,7 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("latent: hooks stay", "core/features.py", "    finally:\n        handle.remove()\n", "    finally:\n        pass\n", "pseudo/latent"),
     ("fine-tuning: features are not perturbed", "defenses/fine_tuning.py", "with self._perturbed(self.trainer.global_step, generator):", "if True:", "pseudo/latent"),
     ("fine-tuning: perturbed features on shards", "defenses/fine_tuning.py", "self.needs_whole_network = self.latent is not None", "self.needs_whole_network = False", "processes"),
-    ("teacher: perturbed features of few images", "training/sweep.py", "return 0.0 if images < FEW_IMAGES else LATENT_OF_MANY", "return LATENT_OF_MANY", "sweep"),
+    ("teacher: perturbed features of few images", "training/sweep.py", "return 0.0 if images < MANY_IMAGES else LATENT_OF_MANY", "return LATENT_OF_MANY", "sweep"),
     # Fine-tuning with sharpness-aware minimisation.
     ("ft-sam: not adaptive", "training/sharpness.py", "(rho / norm) * size * w for size", "(rho / norm) * w for size", "defenses/ft_sam"),
     ("ft-sam: no norm", "training/sharpness.py", "(rho / norm)", "rho", "defenses/ft_sam"),

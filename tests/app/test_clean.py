@@ -162,7 +162,7 @@ def test_a_teacher_that_lost_too_much_gives_way_to_a_smaller_rate(owner, monkeyp
     assert not Path("cleaned/rejected.safetensors").exists()
 
 
-@pytest.mark.parametrize(("few", "shares"), [(200, (0.5, 0.0, False)), (10, (0.0, 1 / 3, True))])
+@pytest.mark.parametrize(("few", "shares"), [(1000, (0.5, 0.0, False)), (10, (0.0, 1 / 3, True))])
 def test_few_images_are_mixed_for_a_teacher_and_features_of_many_are_perturbed(few, shares, owner, monkeypatch):
     asked = []
 
@@ -173,6 +173,7 @@ def test_few_images_are_mixed_for_a_teacher_and_features_of_many_are_perturbed(f
 
     monkeypatch.setattr(teachers, "FineTuning", Asked)
     monkeypatch.setattr(sweep, "FEW_IMAGES", few)
+    monkeypatch.setattr(sweep, "MANY_IMAGES", few)
     monkeypatch.setitem(teachers.RATES, "SGD", (0.05,))
     main(COMMAND)
     assert asked == [shares]
