@@ -16,6 +16,7 @@ from nba_lightning.training.sweep import (
     UNLEARNING_STEPS,
     keeps,
     may_replace,
+    teachers_latent_share,
     teachers_loss,
     teachers_mixed_share,
     unlearning_rate,
@@ -69,21 +70,25 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     cost, teachers = Kept(None), dict[float, Kept]()
     images, baseline = len(subject.datamodule.partition.validation), accuracy_of(subject, subject.weights)
     verified = Verification().can_tell(subject.images)
+    half = {"verification": {"init_args": {"whole": False}}} if teachers_latent_share(subject.images) else {}
     for max_loss in (teachers_loss(MAX_LOSS), MAX_LOSS):
         teacher = swept(args, asked, subject, max_loss, teachers)
         check_finite(teacher)
         sweep = Teachers(args, asked, found, subject, teachers, teacher)
         if verified:
             sweep.try_gentler()
-        rate = sweep.taken(max_loss)
-        if rate >= cost.sweeps.get("FineTuning", {}).get("taken", math.inf):
+        rate, first = sweep.taken(max_loss), cost.sweeps.get("FineTuning", {}).get("taken", math.inf)
+        if rate >= first and (not half or cost.sweeps["verification"]["suspected"]):
             break  # there is none that is gentler
+        rate = min(rate, first)
         given = taught_by(found, teachers[rate])
+        if first == math.inf:
+            given = merged(given, {"model": {"init_args": half}})
         student = kept_fit(args, at_rate(given, STUDENT_SHARE * rate, subject), subject)
         check_finite(student)
         cost.add(teacher)
         cost.add(student)
-        cost.path = student.path
+        cost.path, cost.sweeps["FineTuning"]["taken"] = student.path, rate
         if keeps(accuracy_of(subject, str(student.path)), baseline, images, MAX_LOSS):
             break
     classes = cost.sweeps["verification"]["to_unlearn"]

@@ -224,6 +224,8 @@ MUTATIONS: list[tuple[str, str, str, str, str]] = [
     ("evidence: larger perturbations of no suspect stay", "training/search.py", "return found.only(first | enough)", "return found.only(first | enough | ~found.patches)", "verification"),
     ("teacher: few images are not mixed", "app/teachers.py", "teachers_mixed_share(images)", "0.0", "app/clean"),
     ("teacher: features are not perturbed", "app/teachers.py", "teachers_latent_share(images)", "0.0", "app/clean"),
+    ("verification: all of a student though half is asked for", "training/verification.py", "or not (few or self.whole)", "or False", "verification"),
+    ("clean: all of a student before a gentler teacher", "app/clean.py", "whole = not teachers_latent_share(len(run.data.training))", "whole = True", "app/clean"),
     ("verification: few images are enough", "training/verification.py", "if few or not sighted:", "if not sighted:", "verification"),
     ("verification: what is kept gives back most", "training/choice.py", "return min(enough, key", "return max(enough, key", "verification"),
     ("verification: any amount may come back", "training/choice.py", "one.right >= least_right and one.back <= most]", "one.right >= least_right]", "verification"),

@@ -124,9 +124,11 @@ def test_where_no_class_stands_out_half_of_the_way_to_the_student_is_kept(grid, 
     assert ("patches win class 0" in made.sentence) is bool(grid)
 
 
-@pytest.mark.parametrize(("half", "kept"), [(0.86, 0.5), (0.84, 1.0)])
-def test_where_no_class_stands_out_the_whole_student_is_kept_if_half_lost_too_much(half, kept):
-    made = Verification(max_loss=0.05, search=Search(sizes=(1e-4,), steps=2, images=300, grid=0))
+@pytest.mark.parametrize(
+    ("half", "whole", "kept"), [(0.86, True, 0.5), (0.84, True, 1.0), (0.84, False, 0.5), (0.7, False, 0.0)]
+)
+def test_where_no_class_stands_out_the_whole_student_is_kept_if_half_lost_too_much(half, whole, kept):
+    made = Verification(max_loss=0.05, whole=whole, search=Search(sizes=(1e-4,), steps=2, images=300, grid=0))
     student = Net(0.0)
     student.steps.data += 4.0
     right = {0.0: 0.8, 1.0: 0.8, 2.0: half, 4.0: 0.89}

@@ -24,7 +24,7 @@ from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.core.modes import check_finite, fingerprint
 from nba_lightning.data.owner import CleanImages
 from nba_lightning.io.adapters import Normalized, bare
-from nba_lightning.training.sweep import MAY_BE_LEFT
+from nba_lightning.training.sweep import MAY_BE_LEFT, teachers_latent_share
 
 _COPIES = 20
 """Of the network on the disk: each teacher's and the student's weights, and their checkpoints with an optimiser's."""
@@ -187,12 +187,20 @@ def _chain(
 def _aligned(
     run: Cleaning, teacher: dict[str, Any], teacher_steps: int, student_steps: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The student and its teacher, a gentler one where the student of the first lost too much; and unlearning."""
-    last = run.align(run.with_weights(teacher["file"]), teacher["chosen"]["rate"], student_steps)
+    """The student and its teacher, a gentler one where the student of the first lost too much; and unlearning.
+
+    Where nothing shows a backdoor, half of the student is safer than all of it. So if half lost too much, a gentler
+    teacher is asked for first, if perturbed features make gentle ones good.
+    """
+    whole = not teachers_latent_share(len(run.data.training))
+    rate, fitted = teacher["chosen"]["rate"], run.with_weights(teacher["file"])
+    last = run.align(fitted, rate, student_steps, whole=whole)
     if last["verdict"] == "rejected" and len(run.data.held_out):
         gentler = run.teach_gentler(teacher_steps, teacher)
         if gentler is None:
             teacher = {**teacher, "tried": [*teacher["tried"], _NO_GENTLER]}
+            if not whole and not last["chosen"].get("suspected"):
+                last = run.align(fitted, rate, student_steps, again=True)
         else:
             before, now = (one["chosen"]["rate"] for one in (teacher, gentler))
             run.warnings.append(

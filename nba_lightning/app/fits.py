@@ -193,15 +193,18 @@ def optimizer_for(network: nn.Module, rate: float) -> dict[str, Any]:
 
 
 def fit_student(
-    network: nn.Module, teacher: nn.Module, rate: float, link: Link, chain: Chain, seed: int, show: bool
+    network: nn.Module, teacher: nn.Module, rate: float, whole: bool, link: Link, chain: Chain, seed: int, show: bool
 ) -> dict[str, Any]:
-    """Align a copy of the network with the teacher at a share of its rate; keep pictures of what it was aligned on."""
+    """Align a copy of the network with the teacher at a share of its rate; keep pictures of what it was aligned on.
+
+    With ``whole`` all of it may be kept where no class is suspected.
+    """
 
     def work() -> dict[str, Any]:
         module = NBA(
             copy.deepcopy(network),
             teacher=teacher,
-            verification=Verification(max_loss=link.max_loss),
+            verification=Verification(max_loss=link.max_loss, whole=whole),
             seed=seed,
             **optimizer_for(network, STUDENT_SHARE * rate),
         )

@@ -135,12 +135,14 @@ class Cleaning:
             self.show,
         )
 
-    def align(self, teacher: nn.Module, rate: float, steps: int, again: bool = False) -> dict[str, Any]:
-        """Align the student with the teacher, at a share of the teacher's rate."""
+    def align(
+        self, teacher: nn.Module, rate: float, steps: int, again: bool = False, whole: bool = True
+    ) -> dict[str, Any]:
+        """Align the student with the teacher, at a share of the teacher's rate; ``whole`` as in ``Verification``."""
         number = "5/6 again:" if again else "5/6 "
         say(f"{number} The student: the network, aligned with the teacher of rate {rate:g}", self.show)
-        link = self._link(f"student of {rate:g}", steps, self.max_loss)
-        found = fit_student(self.network, teacher, rate, link, self.chain, self.seed, self.show)
+        link = self._link(f"{'student' if whole else 'half a student'} of {rate:g}", steps, self.max_loss)
+        found = fit_student(self.network, teacher, rate, whole, link, self.chain, self.seed, self.show)
         self.warnings += [one for one in found["warnings"] if one not in self.warnings]
         return found
 

@@ -30,7 +30,7 @@ _LEAST_OF_WITNESS = 0.5
 MIXED_OF_FEW = 0.5
 """Share of few images that CutMix mixes for a teacher; of many it gains nothing."""
 MANY_IMAGES = 1000
-"""Clean images of which at least so many are many: with 400 perturbed features cost a point of accuracy, for nothing."""
+"""Clean images of which at least so many are many: with 400 perturbed features cost accuracy and remove nothing."""
 LATENT_OF_MANY = 1 / 3
 """Share of many images whose features are perturbed for a teacher."""
 

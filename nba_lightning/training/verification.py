@@ -47,8 +47,8 @@ class Verification:
     (Of a backdoor that a student has learned the perturbations show less, so no other way may give more.)
 
     Where no class is suspected only the ``few`` places on the way to the student are looked at, half of it at most,
-    where a backdoor that the student has learned hardly is yet; the whole student is kept if half of the way lost too
-    much accuracy, before a gentler teacher is asked for. Of fewer than ``least_images`` clean images, which tell
+    where a backdoor that the student has learned hardly is yet; with ``whole`` the whole student is kept if half of the
+    way lost too much accuracy. Of fewer than ``least_images`` clean images, which tell
     little, the student learns little of a backdoor either: the whole student is looked at, and these places if it does
     not pass; the whole margin may come back, or four images where they are more. BatchNorm
     statistics are mixed like the weights; estimated anew on plain images they would not be those of the mixture with
@@ -71,6 +71,7 @@ class Verification:
         most: share of the gap that may come back where accuracy asks for it, in [0, 1]; in proportion like ``margin``.
         search: how evidence is looked for.
         least_images: clean images of each process of which fewer are few.
+        whole: see above; without it a network may be kept that lost too much, for whom there may be a gentler teacher.
 
     Attributes:
         rates: shares of the images that each perturbation and patch won, of every network that was looked at.
@@ -96,6 +97,7 @@ class Verification:
         most: float = 0.25,
         search: Search | None = None,
         least_images: int = FEW_IMAGES,
+        whole: bool = True,
     ) -> None:
         for name, way in {"shares": shares, "direct": direct, "halfway": halfway, "few": few}.items():
             for share in way:
@@ -109,7 +111,7 @@ class Verification:
         self.shares, self.direct, self.halfway, self.few = list(shares), list(direct), list(halfway), list(few)
         self.least_images = least_images
         self.margin, self.margin_elsewhere, self.search = margin, margin_elsewhere, search or Search()
-        self.max_loss, self.most = max_loss, most
+        self.max_loss, self.most, self.whole = max_loss, most, whole
         self.load_state_dict({})
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,7 +185,7 @@ class Verification:
         sighted, few = bool(evidence.suspects.any()), not self.can_tell(seen)
         ways, furthest = {HALFWAY: self.halfway, DIRECT: self.direct, OVER: self.shares}, max(self.few, default=0.0)
         if few or not sighted:
-            ways = {OVER: self.few if furthest == 1 else [1.0, *self.few]}
+            ways = {OVER: self.few if furthest == 1 or not (few or self.whole) else [1.0, *self.few]}
         least = evidence.agreement(teacher) - _LESS_AGREEMENT
         found: list[Found] = []
         for way, shares in ways.items():

@@ -211,9 +211,10 @@ def test_a_rate_at_which_the_loss_becomes_infinite_is_not_taken(owner, monkeypat
 class Run:
     """A cleaning whose students lose too much at high rates, and whose gentle teacher has a given rate."""
 
-    def __init__(self, gentle, held_out=60, suspected=()):
+    def __init__(self, gentle, held_out=60, suspected=(), training=300):
         self.suspected = list(suspected)
-        self.gentle, self.data, self.students = gentle, SimpleNamespace(held_out=range(held_out)), []
+        self.gentle, self.students, self.wholes = gentle, [], []
+        self.data = SimpleNamespace(held_out=range(held_out), training=range(training))
         self.warnings = []
 
     def with_weights(self, file):
@@ -223,10 +224,12 @@ class Run:
         found = {"file": "teacher", "chosen": {"rate": self.gentle}, "verdict": "accepted", "left": 0.0}
         return self.gentle and found
 
-    def align(self, teacher, rate, steps, again=False):
+    def align(self, teacher, rate, steps, again=False, whole=True):
         assert again == bool(self.students)
         self.students.append(rate)
-        return {"verdict": "rejected" if rate > 0.05 else "accepted", "to_unlearn": self.suspected}
+        self.wholes.append(whole)
+        chosen = {"suspected": self.suspected} if self.suspected else {}
+        return {"verdict": "rejected" if rate > 0.05 else "accepted", "to_unlearn": self.suspected, "chosen": chosen}
 
     def unlearn(self, teacher, last):
         return {**last, "unlearned": teacher}
@@ -253,6 +256,21 @@ def test_a_gentler_teacher_takes_over_where_the_student_lost_too_much(run, stude
     assert [one.startswith("Its student lost too much, and there is no") for one in teacher.get("tried", [])] == [
         True
     ] * none
+
+
+@pytest.mark.parametrize(
+    ("run", "students", "wholes"),
+    [
+        (Run(0.05, training=1000), [0.1, 0.05], [False, True]),
+        (Run(None, training=1000), [0.1, 0.1], [False, True]),
+        (Run(None, training=1000, suspected=[0]), [0.1], [False]),  # it would find the same again
+        (Run(None, training=1000, held_out=0), [0.1], [False]),
+        (Run(0.05, training=999), [0.1, 0.05], [True, True]),  # a gentle teacher keeps much of the backdoor
+    ],
+)
+def test_all_of_a_student_is_the_last_resort_where_features_were_perturbed(run, students, wholes):
+    _aligned(run, {"file": "teacher", "chosen": {"rate": 0.1}, "verdict": "accepted", "tried": [], "left": 0.0}, 10, 10)
+    assert (run.students, run.wholes) == (students, wholes)
 
 
 @pytest.mark.parametrize(("rate", "suspected", "unlearned"), [(0.05, [0], True), (0.05, [], False), (0.1, [0], False)])
