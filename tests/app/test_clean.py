@@ -316,11 +316,11 @@ def test_a_gentler_teacher_is_asked_for_less_loss_and_says_why_the_first_gave_wa
     assert found["tried"][1].startswith("The one of rate 0.1 was taken first, but its student lost too much accuracy, ")
 
 
-@pytest.mark.parametrize("came_back", [0.0, 0.12])
-def test_what_came_back_for_accuracys_sake_is_said(monkeypatch, tmp_path, came_back):
+@pytest.mark.parametrize(("came_back", "whole"), [(0.0, True), (0.12, False)])
+def test_what_came_back_for_accuracys_sake_is_said(monkeypatch, tmp_path, came_back, whole):
     class Link(SimpleNamespace):
         def fit(self, module, to):
-            assert module.verification.max_loss == self.max_loss
+            assert (module.verification.max_loss, module.verification.whole) == (self.max_loss, whole)
             module.verification.came_back = came_back
             return {"verdict": "accepted"}
 
@@ -332,7 +332,7 @@ def test_what_came_back_for_accuracys_sake_is_said(monkeypatch, tmp_path, came_b
     link = Link(name="student", folder=tmp_path / "fit", data=data, max_loss=0.03)
     chain = SimpleNamespace(folder=tmp_path, step=lambda name, work: work())
     network = SmallCNN(width=4, in_channels=1)
-    found = fits.fit_student(network, copy.deepcopy(network), 0.1, link, chain, 0, False)
+    found = fits.fit_student(network, copy.deepcopy(network), 0.1, whole, link, chain, 0, False)
     said = "To lose no more clean accuracy than `max_loss`, 12 % of what tells the backdoor came back"
     assert [warning.startswith(said) for warning in found["warnings"]] == [False, *([True] if came_back else [])]
 
