@@ -62,7 +62,8 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     """NBA as ``nba-lightning clean`` fits it.
 
     The teacher may lose more accuracy than the cleaned network, and the student's rate follows the teacher's. If what
-    comes of it lost too much, a teacher that did not takes its place. What reaches classes that verification
+    comes of it lost too much, a teacher that did not takes its place; where features were perturbed only then may all
+    of a student be kept that nothing is seen in. What reaches classes that verification
     suspected is unlearned, or any class.
     """
     asked = lengthened(teacher_config(found, subject.images), subject.images)
@@ -70,7 +71,7 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
     cost, teachers = Kept(None), dict[float, Kept]()
     images, baseline = len(subject.datamodule.partition.validation), accuracy_of(subject, subject.weights)
     verified = Verification().can_tell(subject.images)
-    half = {"verification": {"init_args": {"whole": False}}} if teachers_latent_share(subject.images) else {}
+    perturbed = teachers_latent_share(subject.images) > 0
     for max_loss in (teachers_loss(MAX_LOSS), MAX_LOSS):
         teacher = swept(args, asked, subject, max_loss, teachers)
         check_finite(teacher)
@@ -78,12 +79,12 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
         if verified:
             sweep.try_gentler()
         rate, first = sweep.taken(max_loss), cost.sweeps.get("FineTuning", {}).get("taken", math.inf)
-        if rate >= first and (not half or cost.sweeps["verification"]["suspected"]):
+        if rate >= first and (not perturbed or cost.sweeps["verification"]["suspected"]):
             break  # there is none that is gentler
         rate = min(rate, first)
         given = taught_by(found, teachers[rate])
-        if first == math.inf:
-            given = merged(given, {"model": {"init_args": half}})
+        if perturbed and first == math.inf:
+            given = merged(given, {"model": {"init_args": {"verification": {"init_args": {"whole": False}}}}})
         student = kept_fit(args, at_rate(given, STUDENT_SHARE * rate, subject), subject)
         check_finite(student)
         cost.add(teacher)

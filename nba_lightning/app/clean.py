@@ -193,14 +193,11 @@ def _aligned(
     teacher is asked for first, if perturbed features make gentle ones good.
     """
     whole = not teachers_latent_share(len(run.data.training))
-    rate, fitted = teacher["chosen"]["rate"], run.with_weights(teacher["file"])
-    last = run.align(fitted, rate, student_steps, whole=whole)
+    last = run.align(run.with_weights(teacher["file"]), teacher["chosen"]["rate"], student_steps, whole=whole)
     if last["verdict"] == "rejected" and len(run.data.held_out):
         gentler = run.teach_gentler(teacher_steps, teacher)
         if gentler is None:
             teacher = {**teacher, "tried": [*teacher["tried"], _NO_GENTLER]}
-            if not whole and not last["chosen"].get("suspected"):
-                last = run.align(fitted, rate, student_steps, again=True)
         else:
             before, now = (one["chosen"]["rate"] for one in (teacher, gentler))
             run.warnings.append(
@@ -209,6 +206,7 @@ def _aligned(
                 "may be left. A larger `max_loss` keeps the stronger one."
             )
             teacher = gentler
+        if gentler is not None or not (whole or last["chosen"].get("suspected")):
             last = run.align(run.with_weights(teacher["file"]), teacher["chosen"]["rate"], student_steps, again=True)
     if last["verdict"] != "rejected" and last["to_unlearn"]:
         last = run.unlearn(run.with_weights(teacher["file"]), last)

@@ -150,7 +150,7 @@ class Banked(PseudoSamples):
     def drawn(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         """A row of the bank for each image `(B,)`, at random; an error if there is no bank yet."""
         if self.bank.numel() == 0:
-            raise RuntimeError("Call `regenerate` (or add PseudoSampleRegeneration to the callbacks) before sampling.")
+            raise too_early("sampling")
         return torch.randint(len(self.bank), (len(images),), generator=generator, device=images.device)
 
     def get_extra_state(self) -> Tensor:
@@ -162,8 +162,13 @@ class Banked(PseudoSamples):
         self.bank = state
 
 
+def too_early(use: str) -> RuntimeError:
+    """The error of pseudo samples that are used before they were crafted."""
+    return RuntimeError(f"Call `regenerate` (or add PseudoSampleRegeneration to the callbacks) before {use}.")
+
+
 def noise_for(images: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise `(rows, C, H, W)` of the images' shape and on their device, float32."""
+    """Standard normal noise `(rows, ...)` of the shape of images, or features, `(B, ...)`, on their device, float32."""
     shape = (rows, *images.shape[1:])
     return torch.randn(shape, generator=generator, device=images.device, dtype=torch.float32)
 

@@ -12,7 +12,7 @@ from nba_lightning.core.features import changed, features, predict
 from nba_lightning.core.functional import GRADIENT_SCALE
 from nba_lightning.core.layers import resolve_layers
 from nba_lightning.core.modes import evaluating
-from nba_lightning.pseudo.base import Reduce, descended, root_mean_square, same
+from nba_lightning.pseudo.base import Reduce, descended, noise_for, root_mean_square, same, too_early
 
 _LAYERS = 2
 """Of a network's default layers the first ones are perturbed: behind them there is enough left that can unlearn."""
@@ -134,7 +134,7 @@ class LatentPerturbations(nn.Module):
             RuntimeError: if nothing was crafted yet.
         """
         if not self.banks:
-            raise RuntimeError("Call `regenerate` (or add PseudoSampleRegeneration to the callbacks) before training.")
+            raise too_early("training")
         layer = list(self.banks)[turn % len(self.banks)]
         bank = self.banks[layer]
 
@@ -158,8 +158,7 @@ class LatentPerturbations(nn.Module):
     ) -> Tensor:
         """Perturbations `(K, ...)` of a layer with features ``found`` `(B, ...)`, one for each class."""
         bound = self.size * self.scales[layer].to(found.device)
-        shape = (len(classes), *found.shape[1:])
-        noise = torch.randn(shape, generator=generator, device=found.device)
+        noise = noise_for(found, len(classes), generator)
         bank = 0.1 * bound * noise / root_mean_square(noise)
         owner = torch.arange(len(classes), device=found.device).repeat_interleave(self.images_each)
         for _ in range(self.steps):

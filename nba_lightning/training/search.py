@@ -154,13 +154,13 @@ class Search:
             larger = [tried[best + 1][0][suspects] if there else crafted(self.sizes[best + 1], classes[suspects])]
         rows = [torch.cat([part, *(part[suspects] for _ in larger)]) for part in (classes, suspects)]
         found = Evidence(rows[0], torch.cat([bank, *larger]), rows[1], looked_at, few, reduce)
-        at_once = max(1, _VALUES_AT_ONCE // max(1, self.grid**2 * first[0].numel()))
         if self.grid:
+            at_once = max(1, _VALUES_AT_ONCE // (self.grid**2 * first[0].numel()))
             rank_zero_info(f"Searching: patches of {len(classes)} classes, {self.grid**2} places for each.")
-        for part in torch.split(classes, at_once) if self.grid else ():
-            crafting = ClassPatches(self.grid, self.steps, _IMAGES_OF_PATCH, part.tolist())
-            crafting.regenerate(suspicious, teacher, batches, generator, reduce)
-            _add_patches(found, crafting, part, suspicious, teacher)
+            for part in torch.split(classes, at_once):
+                crafting = ClassPatches(self.grid, self.steps, _IMAGES_OF_PATCH, part.tolist())
+                crafting.regenerate(suspicious, teacher, batches, generator, reduce)
+                _add_patches(found, crafting, part, suspicious, teacher)
         return _believed(found.of(suspicious, teacher), len(classes))
 
 

@@ -48,11 +48,10 @@ class Verification:
 
     Where no class is suspected only the ``few`` places on the way to the student are looked at, half of it at most,
     where a backdoor that the student has learned hardly is yet; with ``whole`` the whole student is kept if half of the
-    way lost too much accuracy. Of fewer than ``least_images`` clean images, which tell
-    little, the student learns little of a backdoor either: the whole student is looked at, and these places if it does
-    not pass; the whole margin may come back, or four images where they are more. BatchNorm
-    statistics are mixed like the weights; estimated anew on plain images they would not be those of the mixture with
-    pseudo samples on which all were learned.
+    way lost too much accuracy. Of fewer than ``least_images`` clean images, which tell little, the student learns
+    little of a backdoor either: the whole student is looked at, and these places if it does not pass; the whole margin
+    may come back, or four images where they are more. BatchNorm statistics are mixed like the weights; estimated anew
+    on plain images they would not be those of the mixture with pseudo samples on which all were learned.
 
     Ours; what led to the thresholds is in ``benchmarks/METHOD.md``. Weights between a network and what was fine-tuned
     from it are as in Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022 (arXiv 2109.01903), section
