@@ -19,7 +19,7 @@ from fitting import fit, fit_key
 from torch import nn
 
 import nba_lightning
-from nba_lightning import NBA, BackdoorDataModule, Defense
+from nba_lightning import NBA, BackdoorDataModule, Defense, Unlearning
 from nba_lightning.callbacks.finite_loss import NonFiniteLossError
 from nba_lightning.io.weights import load_weights, save_weights
 from nba_lightning.training.distillation import Distillation
@@ -174,6 +174,8 @@ def kept_fit(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
         verified |= {"suspected": module.verification.suspected, "to_unlearn": module.verification.to_unlearn}
         verified["won"] = module.verification.rates
         kept.sweeps["verification"] = verified
+    if isinstance(module, Unlearning):
+        kept.sweeps["unlearning"] = {"reached": round(module.reached, 4), "left": round(module.left, 4)}
     partial = path.with_name(f"{subject.name}-{key}.partial")  # two processes may make the same one
     save_weights(module.model.state_dict(), partial)
     partial.replace(path)

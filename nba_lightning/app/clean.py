@@ -29,10 +29,17 @@ from nba_lightning.training.sweep import MAY_BE_LEFT, teachers_latent_share
 _COPIES = 20
 """Of the network on the disk: each teacher's and the student's weights, and their checkpoints with an optimiser's."""
 
+_LEAST_SHARE = 0.5
+"""Of the default's steps, of which fewer for the teacher are warned of."""
+
 _LEFT = (
     "The teacher (rate {:g}) falls for {:.0f} % of what the suspicious network falls for and a stronger teacher, which "
     "lost too much accuracy, withstands; about as much of the backdoor may be left. A larger `max_loss`, or more clean "
     "images, leave less of it."
+)
+_SHORT = (
+    "The teacher was to be fitted for {} steps, by default it is {}. A shorter fit forgets less of a backdoor, and "
+    "nothing here shows how much less."
 )
 _NO_GENTLER = "Its student lost too much, and there is no gentler teacher that keeps the accuracy asked for."
 
@@ -113,6 +120,8 @@ def clean(
         run = Cleaning(network, data, chain, Places.of(device), max_loss, seed, progress)
         if more:
             run.warnings.append(f"The network has {len(more)} more classes than have names, taken to come last.")
+        if teacher_steps < _LEAST_SHARE * TEACHER_STEPS:
+            run.warnings.append(_SHORT.format(teacher_steps, TEACHER_STEPS))
         report = _chain(run, teacher_steps, student_steps, scan, trust_classes, described or {})
         _finish(report, folder, progress)
     return report

@@ -154,7 +154,9 @@ class Cleaning:
             "keep the student", lambda: copy_file(self.chain.folder / last["file"], self.chain.folder / kept)
         )
         link, student = self._link("unlearning", steps, self.max_loss), self.with_weights(kept)
-        return fit_unlearning(self.network, teacher, student, last, link, self.chain, self.seed, self.show)
+        found = fit_unlearning(self.network, teacher, student, last, link, self.chain, self.seed, self.show)
+        self.warnings += found["warnings"]
+        return found
 
     def judge_fitted(self, last: dict[str, Any]) -> dict[str, Any]:
         """Without held-out images: reject what lost too much even on the images that it was fitted on.

@@ -10,7 +10,18 @@ from nba_lightning.app.chain import Chain, copy_file, say
 from nba_lightning.app.fits import Link, optimizer_for
 from nba_lightning.callbacks import NonFiniteLossError
 from nba_lightning.defenses import Unlearning
+from nba_lightning.training.reached import STILL_REACHED
 from nba_lightning.training.sweep import may_replace, unlearning_rate, usual_optimizer
+
+_LEFT = (
+    "What is crafted on the cleaned network alone leads it to {} {:.0f} % as easily as the suspicious network, so the "
+    "backdoor, or a part of it, is left. A larger `max_loss`, or more clean images, leave less of it."
+)
+
+_NO_GUIDE = (
+    "; the teacher was no guide, since what is crafted on it alone led what was kept there {:.0f} % as easily as the "
+    "suspicious network, so all of the way was kept"
+)
 
 
 def fit_unlearning(
@@ -36,13 +47,17 @@ def fit_unlearning(
         show: whether to print.
 
     Returns:
-        ``last`` with what came of it.
+        ``last`` with what came of it; ``warnings`` are of this fit.
     """
     rate = unlearning_rate(last["chosen"]["rate"], usual_optimizer(network))
-    classes = last["to_unlearn"]
+    classes, known = last["to_unlearn"], ", ".join(last["chosen"].get("suspected", []))
 
-    def nothing(why: str) -> dict[str, Any]:
-        return {"chosen": {**last["chosen"], "unlearned": f"nothing: {why}"}, "curve": []}
+    def warnings(left: float) -> list[str]:
+        return [_LEFT.format(known, 100 * left)] if left >= STILL_REACHED else []
+
+    def nothing(why: str, left: float = 0.0) -> dict[str, Any]:
+        told = {**last["chosen"], "unlearned": f"nothing: {why}"}
+        return {"chosen": told, "curve": [], "warnings": warnings(left)}
 
     def work() -> dict[str, Any]:
         own: dict[str, Any] = {"teacher": teacher, "start": student, "classes": classes, "seed": seed}
@@ -51,14 +66,16 @@ def fit_unlearning(
         try:
             found = link.fit(module, link.folder / "unlearned.safetensors")
         except NonFiniteLossError as error:
-            return nothing(str(error))
+            return nothing(str(error), module.reached)
         if found["verdict"] == "rejected" or not _good(found["accuracies"], last["accuracies"], link.max_loss):
-            return nothing(f"it cost too much accuracy. {found['sentence']}")
+            return nothing(f"it cost too much accuracy. {found['sentence']}", module.reached)
         copy_file(link.folder / found["file"], chain.folder / last["file"])
-        reached = ", ".join(last["chosen"].get("suspected", [])) or f"any of {len(classes)} classes"
+        reached = known or f"any of {len(classes)} classes"
         told = f"what reaches {reached}, in {found['chosen']['steps']} steps at rate {rate:g}"
+        if module.reached >= STILL_REACHED:
+            told += _NO_GUIDE.format(100 * module.reached)
         taken = {name: found[name] for name in ("verdict", "sentence", "accuracies", "curve")}
-        return {**taken, "chosen": {**last["chosen"], "unlearned": told}}
+        return {**taken, "chosen": {**last["chosen"], "unlearned": told}, "warnings": warnings(module.left)}
 
     found: dict[str, Any] = chain.step(link.name, work)
     shutil.rmtree(link.folder, ignore_errors=True)

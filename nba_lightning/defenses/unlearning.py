@@ -19,6 +19,7 @@ from nba_lightning.io.batches import clean_batches, plain_images
 from nba_lightning.pseudo import ClassPatches, ClassPerturbations, Together
 from nba_lightning.training.cost import number_of_classes, passes_of_paced_crafting
 from nba_lightning.training.distillation import Distillation
+from nba_lightning.training.reached import STILL_REACHED, passes_of_reached, still_reached
 from nba_lightning.training.schedule import batches_of_an_epoch, epochs_of_crafted
 from nba_lightning.training.search import Search
 from nba_lightning.training.sweep import UNLEARNING_RATE
@@ -41,7 +42,11 @@ class Unlearning(Distillation):
     of them as pseudo samples: small perturbations and patches for some classes, crafted anew every few steps so that K
     falls for them and the teacher T withstands. So K keeps S_0's answers whatever is on the image. When the fit ends,
     the network goes back to ``kept`` of the way from where it started to where it came, by weights and BatchNorm
-    statistics: half of the way forgets nearly as much, and loses less accuracy. It comes after NBA:
+    statistics: half of the way forgets nearly as much, and loses less accuracy.
+
+    What T has kept of the backdoor nothing shows that T withstands. So before the fit suspected classes are looked at
+    without T (:func:`~nba_lightning.training.reached.still_reached`): if K is led to one as the suspicious network is,
+    T is no guide, only K must fall for what is crafted, and K keeps all of the way. It comes after NBA:
 
         nba = NBA(copy.deepcopy(network), teacher=teacher)  # after its fit
         Unlearning(network, teacher=teacher, start=nba, classes=nba.verification.to_unlearn)
@@ -65,7 +70,8 @@ class Unlearning(Distillation):
             them fewer images for each.
         patches: how patches are crafted, likewise.
         pseudo_share: share of each batch that are pseudo samples, as many of each kind.
-        kept: share of the way that the network keeps, in (0, 1].
+        kept: share of the way that the network keeps, in (0, 1], where nothing shows that the teacher has kept the
+            backdoor.
         search: how suspected classes are looked for.
         lr: initial learning rate; ``None`` fits the network: SGD at 0.005, or AdamW at 0.0001 for one with layer
             or group normalisation or depthwise convolutions.
@@ -73,6 +79,9 @@ class Unlearning(Distillation):
 
     Attributes:
         classes: those whose ways in are unlearned; ``None`` before they are known.
+        reached: how easily suspected ones are reached from where it starts, in units of the suspicious network's; 0
+            before that is known, and where all classes are taken, which tells nothing.
+        left: the same of what it came to; where it was less than half before, it is not looked for again.
 
     Raises:
         ValueError: for a share outside (0, 1], ``start`` and ``start_weights`` both, weights that do not fit; at the
@@ -112,13 +121,14 @@ class Unlearning(Distillation):
         self.classes = None if classes is None else sorted(classes)
         self.suspicious = Frozen(model)
         self.start = self._given("start", start, start_weights)
-        self._ended = False
+        self.reached, self.left = 0.0, 0.0
+        self._looked, self._ended = False, False
 
     def setup(self, stage: str) -> None:
         """As usual; a fit begins with the weights of what verification kept."""
         super().setup(stage)
         if stage == "fit":
-            self._ended, start = False, self._begin()
+            self._looked, self._ended, start = False, False, self._begin()
             if fingerprint(start) == fingerprint(self.suspicious.network):
                 raise expected(
                     "start",
@@ -141,12 +151,14 @@ class Unlearning(Distillation):
 
     def passes_beside(self, epochs: int, images: int, batch: int) -> dict[str, int]:
         """See :meth:`Classifier.passes_beside`."""
-        processes = self.trainer.world_size
+        processes, number = self.trainer.world_size, number_of_classes(self)
         self._craft_for(most := self._classes_at_most())
         passes = self.pseudo.passes(batch // processes, len(most))
         found = {"crafting": passes_of_paced_crafting(self, epochs, passes)}
         if self.classes is None:
-            found["the search"] = processes * self.search.passes(number_of_classes(self), images // processes, 0)
+            found["the search"] = processes * self.search.passes(number, images // processes, 0)
+        if self.classes is None or self._suspects():
+            found["what is still reached"] = 2 * processes * passes_of_reached(number, len(most))
         return found
 
     def regenerate(self) -> None:
@@ -155,6 +167,8 @@ class Unlearning(Distillation):
         with self.trainer.precision_plugin.forward_context():
             if self.classes is None:
                 self.classes = self._look()
+            if not self._looked:
+                self._looked, self.reached = True, self._still_reached()
             self._craft_for(self.classes)
             for source in self.crafted:
                 source.bank = torch.empty(0)  # what was unlearned leads nowhere new
@@ -185,25 +199,46 @@ class Unlearning(Distillation):
         self._go_back()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As usual; and the classes."""
+        """As usual; and what was found."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["classes"], checkpoint["ended"] = self.classes, self._ended
+        checkpoint |= {"classes": self.classes, "ended": self._ended}
+        if self._looked:
+            checkpoint |= {"reached": self.reached, "left": self.left}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As usual; and take them over."""
         super().on_load_checkpoint(checkpoint)
         self.classes, self._ended = checkpoint.get("classes", self.classes), checkpoint.get("ended", False)
+        self._looked = "reached" in checkpoint
+        self.reached, self.left = checkpoint.get("reached", 0.0), checkpoint.get("left", 0.0)
 
     def _begin(self) -> nn.Module:
         """Where a fit starts."""
         return self.teacher_network() if self.start is None else self.start.network
 
     def _go_back(self) -> None:
-        """Keep a share of the way, once."""
-        if not self._ended:
+        """Keep a share of the way, or all, and look at it; once."""
+        if self._ended:
+            return
+        self._ended, self.left = True, self.reached
+        if self.reached >= STILL_REACHED:
+            with self.trainer.precision_plugin.forward_context():
+                self.left = self._still_reached()
+        else:
             begin, came = self._begin().state_dict(), self.model.state_dict()
             set_at(self.model, (self.kept, 0.0), begin, {name: value.clone() for name, value in came.items()}, begin)
-        self._ended = True
+
+    def _suspects(self) -> bool:
+        """Whether the classes are suspected ones, and not all that would be looked at."""
+        return self.classes is not None and len(self.classes) < min(number_of_classes(self), self.search.classes)
+
+    def _still_reached(self) -> float:
+        """How easily suspected classes are reached from the student as it is."""
+        if not self._suspects() or self.classes is None:
+            return 0.0
+        generator = generator_for(self.seed, 22, device=self.device)
+        images = plain_images(self.trainer)
+        return still_reached(self.model, self.suspicious.network, self.classes, images, generator, self.reduce)
 
     def _classes_at_most(self) -> Sequence[int]:
         """The classes, or as many as there may be before they are known."""
@@ -213,7 +248,7 @@ class Unlearning(Distillation):
         """Let pseudo samples be for some classes, which share the images of crafting if they are many."""
         share = min(1.0, _CLASSES / len(classes))
         for source, images in zip(self.crafted, self._images_each, strict=True):
-            source.classes = list(classes)
+            source.classes, source.guided = list(classes), self.reached < STILL_REACHED
             source.images_each = max(1, round(share * images))
 
     def _look(self) -> list[int]:

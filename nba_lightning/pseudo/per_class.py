@@ -24,13 +24,17 @@ class PerClass(Banked):
 
     .. math:: CE(S(z), k) + CE(T(z), T(x))
 
-    so that S falls for the class, and T goes on saying what it says of x.
+    so that S falls for the class, and T goes on saying what it says of x. Where T is no guide, since it falls for the
+    same, ``guided`` is set to False, and the first term is all.
 
     Args:
         rms: see :class:`PseudoSamples`.
         steps: gradient steps at each regeneration, one batch each.
         images_each: clean images for each row of the bank in a step.
         classes: the classes k; all by default.
+
+    Attributes:
+        guided: whether T must withstand; True at first.
 
     Raises:
         ValueError: for no class; by :meth:`regenerate` for one that the network has not got.
@@ -41,7 +45,7 @@ class PerClass(Banked):
         check_at_least("images_each", images_each, 1)
         if classes is not None and not len(classes):
             raise expected("classes", "at least one class, or None for all", list(classes))
-        self.images_each, self.classes = images_each, classes
+        self.images_each, self.classes, self.guided = images_each, classes, True
 
     @abstractmethod
     def rows_of(self, classes: Tensor) -> Tensor:
@@ -91,7 +95,7 @@ class PerClass(Banked):
     def passes(self, batch: int, num_classes: int) -> int:
         """See :meth:`PseudoSamples.passes`."""
         rows = len(self.rows_of(torch.arange(num_classes if self.classes is None else len(self.classes))))
-        return 5 * self.steps * rows * self.images_each + 1
+        return (5 if self.guided else 2) * self.steps * rows * self.images_each + 1
 
     def _towards(
         self, student: nn.Module, teacher: nn.Module, images: Tensor, chosen: Tensor, bank: Tensor, wanted: Tensor
@@ -111,14 +115,15 @@ class PerClass(Banked):
         self, student: nn.Module, teacher: nn.Module, images: Tensor, bank: Tensor, wanted: Tensor, rows: Tensor
     ) -> Tensor:
         owner = rows.repeat_interleave(self.images_each)
-        with torch.no_grad():
-            said = predict(teacher, images).argmax(dim=1)
         with torch.enable_grad():
             leaf = bank[rows].detach().requires_grad_()
             inputs = self.show(images, leaf.repeat_interleave(self.images_each, dim=0), owner)
-            falls = F.cross_entropy(predict(student, inputs).float(), wanted[owner], reduction="sum")
-            stays = F.cross_entropy(predict(teacher, inputs).float(), said, reduction="sum")
-            return torch.autograd.grad(GRADIENT_SCALE * (falls + stays), leaf)[0].float()
+            loss = F.cross_entropy(predict(student, inputs).float(), wanted[owner], reduction="sum")
+            if self.guided:
+                with torch.no_grad():
+                    said = predict(teacher, images).argmax(dim=1)
+                loss = loss + F.cross_entropy(predict(teacher, inputs).float(), said, reduction="sum")
+            return torch.autograd.grad(GRADIENT_SCALE * loss, leaf)[0].float()
 
     def forward(
         self,

@@ -88,6 +88,7 @@ def test_it_leaves_a_cleaned_network_and_a_report(owner):
     samples = json.loads(Path("cleaned/report/pseudo.json").read_text())["samples"]
     assert {sample["source"] for sample in samples} == {"trigger families"}
     assert not any("no pictures" in warning for warning in found["warnings"])
+    assert "The teacher was to be fitted for 10 steps, by default it is 450. A shorter fit" in found["warnings"][0]
     assert Path("cleaned/report/pseudo.safetensors").is_file()
     assert found["weights"]["network"] == "mine.Colours"
     assert found["weights"]["arguments"] == {"num_classes": 3}

@@ -7,11 +7,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from nba_lightning import BackdoorDataModule, Classifier, FineTuning, Unlearning
-from nba_lightning.attacks import Blended
+from nba_lightning.attacks import BadNets, Blended
 from nba_lightning.core.randomness import generator_for
+from nba_lightning.defenses import unlearning
 from nba_lightning.networks import SmallCNN
 from nba_lightning.pseudo import ClassPatches, ClassPerturbations, TriggerFamilies
 from nba_lightning.training.cost import cost_of
+from nba_lightning.training.reached import passes_of_reached
 from nba_lightning.training.schedule import batches_of_an_epoch
 from nba_lightning.training.search import Search
 from nba_lightning.training.sweep import UNLEARNING_RATE, unlearning_rate
@@ -102,7 +104,8 @@ def test_its_cost_is_stated(classes, known, network, trainer, clean_digits):
     assert found[0].of_step == 3
     crafting = known * (5 * 1 * 1 * (2 if known == 1 else 1) + 5 * 4 * 1 * 1) + 2
     looking = {} if classes else {"the search": search.passes(10, found[0].images, 0)}
-    assert found[0].beside == {"crafting": crafting, **looking}
+    still = {"what is still reached": 2 * passes_of_reached(10, known)}
+    assert found[0].beside == {"crafting": crafting, **looking, **still}
 
 
 def fit(module, data, epochs, trainer):
@@ -135,6 +138,58 @@ def test_what_came_back_is_found_and_unlearned(trainer):
     assert after[1] < before[1] / 2
     assert after[2] > before[2] + 0.2
     assert after[0] > before[0]
+
+
+def test_what_the_teacher_has_kept_is_seen_without_it_and_unlearned(trainer):
+    attack = BadNets(pattern="white", size=2)
+    network = fit(Classifier(SmallCNN(width=8, in_channels=1)), BackdoorDataModule(attack=attack), 10, trainer)
+    clean = BackdoorDataModule(attack=attack, train_on="clean", clean_fraction=0.2, batch_size=16)
+    teacher = fit(FineTuning(copy.deepcopy(network), lr=0.003), clean, 3, trainer)
+    before = rates(trainer, teacher, clean)
+    assert before[1] > 0.8
+    module = Unlearning(copy.deepcopy(network), teacher=teacher, classes=[0])
+    after = rates(trainer, fit(module, clean, 8, trainer), clean)
+    assert module.reached > 0.5 > module.left
+    assert after[1] < 0.2
+    assert after[2] > before[2] + 0.5
+    assert after[0] > before[0] - 0.05
+
+
+@pytest.mark.parametrize(("reached", "guided"), [(0.6, False), (0.4, True)])
+def test_a_teacher_that_has_kept_it_is_no_guide_and_then_all_of_the_way_is_kept(
+    reached, guided, network, trainer, clean_digits, monkeypatch, tmp_path
+):
+    class Look(Callback):
+        def on_train_epoch_end(self, runner, module):
+            seen.extend(source.guided for source in module.crafted)
+            if runner.current_epoch == 1:
+                runner.save_checkpoint(tmp_path / "half.ckpt")
+
+    answers, asked, seen = [reached, 0.1], [], []
+    monkeypatch.setattr(unlearning, "still_reached", lambda *args: asked.append(args) or answers[len(asked) - 1])
+    parts = {"teacher": drifted(network), "start": drifted(network, seed=8)}
+    module = made(copy.deepcopy(network), **parts, classes=[3, 1])
+    trainer(max_epochs=4, callbacks=[Look()]).fit(module, clean_digits)
+    assert set(seen) == {guided}
+    assert (module.reached, module.left) == (reached, reached if guided else 0.1)
+    assert [args[2] for args in asked] == [[1, 3]] * (1 if guided else 2)
+    assert asked[0][1] is module.suspicious.network
+    again = made(copy.deepcopy(network), **parts, classes=[3, 1])
+    answers[:] = [None, None, 0.1]
+    trainer(max_epochs=4).fit(again, clean_digits, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert again.reached == reached  # not looked for again
+    torch.testing.assert_close(again.model.fc.weight, module.model.fc.weight)
+    whole = made(copy.deepcopy(network), **parts, classes=[3, 1], kept=1.0)
+    answers[:] = [reached] * 9
+    trainer(max_epochs=4).fit(whole, clean_digits)
+    assert torch.equal(whole.model.fc.weight, module.model.fc.weight) is not guided
+
+
+def test_nothing_is_looked_for_where_all_classes_are_taken(network, trainer, clean_digits, monkeypatch):
+    monkeypatch.setattr(unlearning, "still_reached", lambda *args: pytest.fail("looked"))
+    module = made(network, classes=range(10))
+    trainer().fit(module, clean_digits)
+    assert (module.reached, module.left) == (0.0, 0.0)
 
 
 def test_where_nothing_is_suspected_all_classes_that_were_looked_at_are_taken(network, trainer, clean_digits):
