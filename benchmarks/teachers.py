@@ -106,7 +106,7 @@ class Teachers:
                 None if witness is None else fitted(witness),
             )
         if module.verification.can_compare(len(kept), witness is not None, len(order)):
-            self.cost.passes += module.verification.search.passes(data.num_classes, len(order), len(kept))
+            self.cost.passes += module.verification.passes_of_comparing(data.num_classes, len(order), len(kept))
         chosen = most_accurate({kept[place]: held_out_accuracy(networks[place], data) for place in places})
         withstand = [kept[place] for place in places]
         self.told.update(withstand=withstand, witness=witness, left=round(left, 4), taken=chosen)

@@ -12,6 +12,7 @@ from nba_lightning.pseudo import ClassPatches, ClassPerturbations
 from nba_lightning.pseudo.base import same
 from nba_lightning.training import evidence as asking
 from nba_lightning.training import search as searching
+from nba_lightning.training import verification
 from nba_lightning.training.choice import Found, choose
 from nba_lightning.training.evidence import Evidence
 from nba_lightning.training.search import Search
@@ -467,6 +468,17 @@ def test_statistics_are_mixed_like_weights():
 )
 def test_places_are_shares_of_student_and_suspicious_network(way, r, place):
     assert place_on(way, r) == place
+
+
+@pytest.mark.parametrize(("reached", "expected"), [(0.8, 0.8), (0.3, 0.0)])
+def test_what_the_strongest_teacher_falls_for_by_itself_it_has_kept(monkeypatch, reached, expected):
+    asked = []
+    monkeypatch.setattr(verification, "still_reached", lambda *args: asked.append(args[2]) or reached)
+    teachers = [Net(0.0), Net(1000.0)]
+    places, left = Verification(search=SEARCH).withstanding(teachers, Net(2000.0), batches(), 100, generator_for(1))
+    assert places == [0]
+    assert left == pytest.approx(expected, abs=0.01)
+    assert asked == [[0]]
 
 
 def test_weights_between_are_those_that_a_half_precision_pass_sees():

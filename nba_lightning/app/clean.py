@@ -34,8 +34,8 @@ _LEAST_SHARE = 0.5
 
 _LEFT = (
     "The teacher (rate {:g}) falls for {:.0f} % of what the suspicious network falls for and a stronger teacher, which "
-    "lost too much accuracy, withstands; about as much of the backdoor may be left. A larger `max_loss`, or more clean "
-    "images, leave less of it."
+    "lost too much accuracy, withstands, or is led to a suspected class as easily by what is crafted on it alone; "
+    "about as much of the backdoor may be left. A larger `max_loss`, or more clean images, leave less of it."
 )
 _SHORT = (
     "The teacher was to be fitted for {} steps, by default it is {}. A shorter fit forgets less of a backdoor, and "

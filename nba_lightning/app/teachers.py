@@ -187,7 +187,7 @@ def _withstanding(
     rates, verification = list(files), Verification()
     if not verification.can_compare(len(rates), witness is not None, len(link.data.training)):
         return {"equal": rates[:1], "left": 0.0}
-    passes = verification.search.passes(link.data.num_classes, len(link.data.training), len(rates))
+    passes = verification.passes_of_comparing(link.data.num_classes, len(link.data.training), len(rates))
     say(f"  what do the teachers withstand? At most {passes:,} passes of an image", show)
 
     def fitted(file: str) -> nn.Module:

@@ -14,10 +14,10 @@ from nba_lightning.training.reached import STILL_REACHED
 from nba_lightning.training.sweep import may_replace, unlearning_rate, usual_optimizer
 
 _LEFT = (
-    "What is crafted on the cleaned network alone leads it to {} {:.0f} % as easily as the suspicious network, so the "
-    "backdoor, or a part of it, is left. A larger `max_loss`, or more clean images, leave less of it."
+    "What is crafted on it alone led what verification kept to {} {:.0f} % as easily as the suspicious network, so "
+    "its teacher has kept the backdoor. What is crafted on the cleaned network leads there {:.0f} % as easily now, and "
+    "what else is left nothing shows. A larger `max_loss`, or more clean images, make a stronger teacher."
 )
-
 _NO_GUIDE = (
     "; the teacher was no guide, since what is crafted on it alone led what was kept there {:.0f} % as easily as the "
     "suspicious network, so all of the way was kept"
@@ -52,12 +52,12 @@ def fit_unlearning(
     rate = unlearning_rate(last["chosen"]["rate"], usual_optimizer(network))
     classes, known = last["to_unlearn"], ", ".join(last["chosen"].get("suspected", []))
 
-    def warnings(left: float) -> list[str]:
-        return [_LEFT.format(known, 100 * left)] if left >= STILL_REACHED else []
+    def warnings(reached: float, left: float) -> list[str]:
+        return [_LEFT.format(known, 100 * reached, 100 * left)] if reached >= STILL_REACHED else []
 
-    def nothing(why: str, left: float = 0.0) -> dict[str, Any]:
+    def nothing(why: str, reached: float) -> dict[str, Any]:
         told = {**last["chosen"], "unlearned": f"nothing: {why}"}
-        return {"chosen": told, "curve": [], "warnings": warnings(left)}
+        return {"chosen": told, "curve": [], "warnings": warnings(reached, reached)}
 
     def work() -> dict[str, Any]:
         own: dict[str, Any] = {"teacher": teacher, "start": student, "classes": classes, "seed": seed}
@@ -75,7 +75,11 @@ def fit_unlearning(
         if module.reached >= STILL_REACHED:
             told += _NO_GUIDE.format(100 * module.reached)
         taken = {name: found[name] for name in ("verdict", "sentence", "accuracies", "curve")}
-        return {**taken, "chosen": {**last["chosen"], "unlearned": told}, "warnings": warnings(module.left)}
+        return {
+            **taken,
+            "chosen": {**last["chosen"], "unlearned": told},
+            "warnings": warnings(module.reached, module.left),
+        }
 
     found: dict[str, Any] = chain.step(link.name, work)
     shutil.rmtree(link.folder, ignore_errors=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nba_lightning.core.checks import check_at_least, check_range, expected
 from nba_lightning.pseudo.base import Reduce, same
 from nba_lightning.training.choice import Found, choose, sentence_of
+from nba_lightning.training.reached import STILL_REACHED, passes_of_reached, still_reached
 from nba_lightning.training.search import Search
 from nba_lightning.training.sweep import FEW_IMAGES, allowed_loss, least_accuracy
 from nba_lightning.training.ways import DIRECT, HALFWAY, OVER, place_on, set_at
@@ -149,6 +150,10 @@ class Verification:
         several = max(len(self.shares) + len(self.direct) + len(self.halfway), 1 + len(self.few))
         return self.search.passes(classes, images, several if self.can_tell(images) else 1 + len(self.few))
 
+    def passes_of_comparing(self, classes: int, images: int, teachers: int) -> int:
+        """What :meth:`withstanding` costs at most, if one class is suspected; likewise."""
+        return self.search.passes(classes, images, teachers) + passes_of_reached(classes, 1)
+
     def keep(
         self,
         student: nn.Module,
@@ -244,8 +249,9 @@ class Verification:
             witness: a stronger teacher than all of them.
 
         Returns:
-            Their places in ``teachers``, 0 among them; and of what the witness withstands the share that the strongest
-            falls for, about as much as it has kept of the backdoor; 0 without a witness, or where nothing tells.
+            Their places in ``teachers``, 0 among them; and about as much as the strongest has kept of the backdoor: of
+            what the witness withstands the share that it falls for, or if that is more, and at least half, how easily
+            suspected classes are :func:`~nba_lightning.training.reached.still_reached` from it. 0 where nothing tells.
         """
         seen = one_pass * len(next(batches))
         if not self.can_compare(len(teachers), witness is not None, seen):
@@ -261,7 +267,8 @@ class Verification:
             back, other = evidence.came_back(one, f"teacher {place}")
             if back <= kept + margin + 1e-6 and other <= elsewhere + 1e-6:
                 places.append(place)
-        return places, kept
+        reached = still_reached(teachers[0], suspicious, evidence.suspected, batches, generator)
+        return places, max(kept, reached) if reached >= STILL_REACHED else kept
 
     def _within(self, suspected: float, elsewhere: float, margin: float) -> bool:
         return suspected <= margin + 1e-6 and elsewhere <= self.margin_elsewhere + 1e-6

@@ -176,7 +176,7 @@ def test_it_takes_the_student_s_place_if_neither_guard_nor_accuracy_speaks_again
     assert not link.folder.exists()
 
 
-@pytest.mark.parametrize(("reached", "left"), [(0.9, 0.6), (0.9, 0.2), (0.1, 0.1)])
+@pytest.mark.parametrize(("reached", "left"), [(0.9, 0.2), (0.1, 0.1)])
 def test_what_is_still_reached_is_said(suspecting, monkeypatch, reached, left):
     class Reached(Unlearning):
         def _still_reached(self):
@@ -186,8 +186,10 @@ def test_what_is_still_reached_is_said(suspecting, monkeypatch, reached, left):
     main(COMMAND)
     no_guide = "; the teacher was no guide, since what is crafted on it alone led what was kept there 90 % as"
     assert (no_guide in report()["chosen"]["unlearned"]) is (reached > 0.5)
-    led = "What is crafted on the cleaned network alone leads it to red 60 % as easily as the suspicious network"
-    assert any(warning.startswith(led) for warning in report()["warnings"]) is (left > 0.5)
+    led = "What is crafted on it alone led what verification kept to red 90 % as easily as the suspicious network,"
+    now = "What is crafted on the cleaned network leads there 20 % as easily now, and what else is left nothing shows."
+    told = [warning for warning in report()["warnings"] if warning.startswith(led) and now in warning]
+    assert len(told) == (reached > 0.5)
 
 
 def test_figures_of_held_out_images_decide_where_there_are_any():
