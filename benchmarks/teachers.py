@@ -71,7 +71,7 @@ class Teachers:
         where it has kept some, a rate between both is tried too.
         """
         self._compare()
-        if self.told["left"] > MAY_BE_LEFT:
+        if self.told["left"] > MAY_BE_LEFT and self.told["witness"] is not None:
             subject, between = self.subject, rate_between(self.told["chosen"], self.told["witness"])
             baseline, images = accuracy_of(subject, subject.weights), len(subject.datamodule.partition.validation)
             if keeps(self.try_rate(between), baseline, images, max_loss):

@@ -29,7 +29,7 @@ from nba_lightning.training import Classifier, Defense
 
 install()
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 __all__ = [
     "ANP",
     "BAN",

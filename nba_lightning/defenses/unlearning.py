@@ -121,13 +121,13 @@ class Unlearning(Distillation):
         self.classes = None if classes is None else sorted(classes)
         self.suspicious = Frozen(model)
         self.start = self._given("start", start, start_weights)
-        self.reached, self.left = 0.0, 0.0
-        self._looked, self._ended = False, False
+        self.reached, self.left, self._looked, self._ended = 0.0, 0.0, False, False
 
     def setup(self, stage: str) -> None:
         """As usual; a fit begins with the weights of what verification kept."""
         super().setup(stage)
         if stage == "fit":
+            self.reached, self.left = 0.0, 0.0
             self._looked, self._ended, start = False, False, self._begin()
             if fingerprint(start) == fingerprint(self.suspicious.network):
                 raise expected(

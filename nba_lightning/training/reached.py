@@ -13,8 +13,8 @@ from nba_lightning.pseudo.class_perturbations import ClassPerturbations
 from nba_lightning.training.evidence import won
 
 STILL_REACHED = 0.5
-"""Share of the suspicious network's, from which a class counts as still reached; of teachers that had forgotten the
-backdoor it was 26 % at most, of those that had kept most of it 79 % at least."""
+"""Share of the suspicious network's, from which a class counts as still reached; of networks that had forgotten the
+backdoor it was 26 % at most, of those that had kept most of it 78 % at least."""
 _REACHED = 0.75
 """Share of the images that must be won from the suspicious network, so that the class tells anything."""
 _OTHERS = 0.25

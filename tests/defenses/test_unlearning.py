@@ -169,19 +169,19 @@ def test_a_teacher_that_has_kept_it_is_no_guide_and_then_all_of_the_way_is_kept(
     monkeypatch.setattr(unlearning, "still_reached", lambda *args: asked.append(args) or answers[len(asked) - 1])
     parts = {"teacher": drifted(network), "start": drifted(network, seed=8)}
     module = made(copy.deepcopy(network), **parts, classes=[3, 1])
-    trainer(max_epochs=4, callbacks=[Look()]).fit(module, clean_digits)
+    trainer(max_epochs=12, callbacks=[Look()]).fit(module, clean_digits)
     assert set(seen) == {guided}
     assert (module.reached, module.left) == (reached, reached if guided else 0.1)
     assert [args[2] for args in asked] == [[1, 3]] * (1 if guided else 2)
     assert asked[0][1] is module.suspicious.network
     again = made(copy.deepcopy(network), **parts, classes=[3, 1])
     answers[:] = [None, None, 0.1]
-    trainer(max_epochs=4).fit(again, clean_digits, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    trainer(max_epochs=12).fit(again, clean_digits, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert again.reached == reached  # not looked for again
     torch.testing.assert_close(again.model.fc.weight, module.model.fc.weight)
     whole = made(copy.deepcopy(network), **parts, classes=[3, 1], kept=1.0)
     answers[:] = [reached] * 9
-    trainer(max_epochs=4).fit(whole, clean_digits)
+    trainer(max_epochs=12).fit(whole, clean_digits)
     assert torch.equal(whole.model.fc.weight, module.model.fc.weight) is not guided
 
 
