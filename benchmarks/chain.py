@@ -125,5 +125,6 @@ def unlearn(
     baseline, images = accuracy_of(subject, subject.weights), len(subject.datamodule.partition.validation)
     before, after = (accuracy_of(subject, str(path)) for path in (cost.path, fit.path))
     taken = may_replace(after, before, baseline, images, MAX_LOSS)
-    cost.sweeps["unlearning"] |= {"taken": taken, "before": round(before, 4), "after": round(after, 4)}
+    told = {"taken": taken, "before": round(before, 4), "after": round(after, 4)}
+    cost.sweeps["unlearning"] = {**cost.sweeps.get("unlearning", {}), **told}
     cost.path = fit.path if taken else cost.path

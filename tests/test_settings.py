@@ -127,7 +127,7 @@ def test_what_is_suspected_is_unlearned_from_the_student_on_unless_it_costs_too_
 
     def fit(args, found, subject):
         asked.append(found)
-        return Kept(after and "unlearned", passes=10)
+        return Kept(after and "unlearned", passes=10, sweeps={"unlearning": {"reached": 0.6}})
 
     monkeypatch.setattr(chain, "kept_fit", fit)
     monkeypatch.setattr(chain, "accuracy_of", lambda subject, path: right[path])
@@ -139,7 +139,8 @@ def test_what_is_suspected_is_unlearned_from_the_student_on_unless_it_costs_too_
     assert given["lr"] == pytest.approx(0.002)
     assert asked[0]["trainer"]["max_epochs"] * (300 // 50) >= 200
     assert (cost.path, cost.passes) == (path, 15)
-    assert cost.sweeps.get("unlearning", {}).get("taken") == (after and path == "unlearned")
+    assert cost.sweeps["unlearning"].get("taken") == (after and path == "unlearned")
+    assert cost.sweeps["unlearning"]["reached"] == 0.6
 
 
 @pytest.mark.parametrize(("ablation", "epochs"), [("steps_900", 20), ("steps_112", 3), ("no_alignment", 10)])
