@@ -45,6 +45,7 @@ def test_so_does_a_perturbation_where_no_patch_reaches_the_class(left, found):
 def test_it_tells_nothing_of_a_class_that_is_reached_from_no_network_or_no_more_easily_than_others():
     assert reached(Cornered(100.0), Cornered(0.0)) == 0
     assert reached(Tilted(80.0), Tilted(80.0, others=80.0)) == 0
+    assert reached(Tilted(80.0, others=80.0), Tilted(80.0)) == 0  # that network is led anywhere as easily
 
 
 def test_the_class_of_which_most_is_left_counts():

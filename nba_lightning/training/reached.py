@@ -39,7 +39,7 @@ def still_reached(
     Verification crafts what the suspicious network falls for and the teacher withstands, so a part of the backdoor that
     the teacher has kept is not in it. Here perturbations and patches are crafted on each network alone, without a
     teacher: patches of the 16 cells of a grid, of which the best counts, and perturbations of the largest size that
-    wins the class from the suspicious network and not, as larger ones do, every other class as well.
+    wins the class from the suspicious network, and from neither network, as larger ones do, every other class as well.
 
     Args:
         network: the one to ask.
@@ -91,7 +91,9 @@ def still_reached(
         came = shares[: len(left)]
         tells = (came >= _REACHED) & (shares[len(left) :].median() <= _OTHERS)
         if bool(tells.any()):
-            found = max(found, largest(by_perturbations(network, size, left), came, tells))
+            now = by_perturbations(network, size, [*left, *others])
+            tells = tells & (now[len(left) :].median() <= _OTHERS)
+            found = max(found, largest(now[: len(left)], came, tells))
         left = [k for k, told in zip(left, tells.tolist(), strict=True) if not told]
         if not left:
             break
@@ -107,5 +109,5 @@ def passes_of_reached(classes: int, known: int) -> int:
     """
     others = min(classes - known, _MOST_OTHERS)
     patches = 2 * ClassPatches().grid ** 2 * known * (2 * _STEPS * _IMAGES_OF_PATCH + 2 * _ASKED)
-    small = len(_SIZES) * (2 * known + others) * (2 * _STEPS * _IMAGES_EACH + 2 * _ASKED)
+    small = len(_SIZES) * 2 * (known + others) * (2 * _STEPS * _IMAGES_EACH + 2 * _ASKED)
     return patches + small
