@@ -63,8 +63,8 @@ def aligned(args: argparse.Namespace, found: Any, subject: Subject) -> Kept:
 
     The teacher may lose more accuracy than the cleaned network, and the student's rate follows the teacher's. If what
     comes of it lost too much, a teacher that did not takes its place; where features were perturbed only then may all
-    of a student be kept that nothing is seen in. What reaches classes that verification
-    suspected is unlearned, or any class.
+    of a student be kept that nothing is seen in. What reaches classes that verification suspected is unlearned, or any
+    class.
     """
     asked = lengthened(teacher_config(found, subject.images), subject.images)
     asked = merged(asked, {"model": {"init_args": {"mixed_share": teachers_mixed_share(subject.images)}}})

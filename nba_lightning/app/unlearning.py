@@ -10,7 +10,6 @@ from nba_lightning.app.chain import Chain, copy_file, say
 from nba_lightning.app.fits import Link, optimizer_for
 from nba_lightning.callbacks import NonFiniteLossError
 from nba_lightning.defenses import Unlearning
-from nba_lightning.training.reached import STILL_REACHED
 from nba_lightning.training.sweep import may_replace, unlearning_rate, usual_optimizer
 
 _LEFT = (
@@ -52,12 +51,12 @@ def fit_unlearning(
     rate = unlearning_rate(last["chosen"]["rate"], usual_optimizer(network))
     classes, known = last["to_unlearn"], ", ".join(last["chosen"].get("suspected", []))
 
-    def warnings(reached: float, left: float) -> list[str]:
-        return [_LEFT.format(known, 100 * reached, 100 * left)] if reached >= STILL_REACHED else []
+    def warnings(module: Unlearning, left: float) -> list[str]:
+        return [] if module.guided else [_LEFT.format(known, 100 * module.reached, 100 * left)]
 
-    def nothing(why: str, reached: float) -> dict[str, Any]:
+    def nothing(why: str, module: Unlearning) -> dict[str, Any]:
         told = {**last["chosen"], "unlearned": f"nothing: {why}"}
-        return {"chosen": told, "curve": [], "warnings": warnings(reached, reached)}
+        return {"chosen": told, "curve": [], "warnings": warnings(module, module.reached)}
 
     def work() -> dict[str, Any]:
         own: dict[str, Any] = {"teacher": teacher, "start": student, "classes": classes, "seed": seed}
@@ -66,20 +65,17 @@ def fit_unlearning(
         try:
             found = link.fit(module, link.folder / "unlearned.safetensors")
         except NonFiniteLossError as error:
-            return nothing(str(error), module.reached)
+            return nothing(str(error), module)
         if found["verdict"] == "rejected" or not _good(found["accuracies"], last["accuracies"], link.max_loss):
-            return nothing(f"it cost too much accuracy. {found['sentence']}", module.reached)
+            return nothing(f"it cost too much accuracy. {found['sentence']}", module)
         copy_file(link.folder / found["file"], chain.folder / last["file"])
         reached = known or f"any of {len(classes)} classes"
         told = f"what reaches {reached}, in {found['chosen']['steps']} steps at rate {rate:g}"
-        if module.reached >= STILL_REACHED:
+        if not module.guided:
             told += _NO_GUIDE.format(100 * module.reached)
         taken = {name: found[name] for name in ("verdict", "sentence", "accuracies", "curve")}
-        return {
-            **taken,
-            "chosen": {**last["chosen"], "unlearned": told},
-            "warnings": warnings(module.reached, module.left),
-        }
+        said = warnings(module, module.left)
+        return {**taken, "chosen": {**last["chosen"], "unlearned": told}, "warnings": said}
 
     found: dict[str, Any] = chain.step(link.name, work)
     shutil.rmtree(link.folder, ignore_errors=True)

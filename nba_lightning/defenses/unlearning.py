@@ -137,6 +137,11 @@ class Unlearning(Distillation):
                 )
             self._begin_with("start", "the suspicious network's", start)
 
+    @property
+    def guided(self) -> bool:
+        """Whether the teacher must withstand what is crafted: not where it has kept the backdoor."""
+        return self.reached < STILL_REACHED
+
     def configure_callbacks(self) -> list[Callback]:
         """Craft the pseudo samples anew."""
         return [*super().configure_callbacks(), *unless_given(self._trainer, PseudoSampleRegeneration())]
@@ -221,24 +226,25 @@ class Unlearning(Distillation):
         if self._ended:
             return
         self._ended, self.left = True, self.reached
-        if self.reached >= STILL_REACHED:
+        if not self.guided:
             with self.trainer.precision_plugin.forward_context():
                 self.left = self._still_reached()
         else:
             begin, came = self._begin().state_dict(), self.model.state_dict()
             set_at(self.model, (self.kept, 0.0), begin, {name: value.clone() for name, value in came.items()}, begin)
 
-    def _suspects(self) -> bool:
-        """Whether the classes are suspected ones, and not all that would be looked at."""
-        return self.classes is not None and len(self.classes) < min(number_of_classes(self), self.search.classes)
+    def _suspects(self) -> list[int]:
+        """The classes if they are suspected ones; none where they are all that would be looked at, or not known."""
+        classes = self.classes or []
+        return classes if len(classes) < min(number_of_classes(self), self.search.classes) else []
 
     def _still_reached(self) -> float:
         """How easily suspected classes are reached from the student as it is."""
-        if not self._suspects() or self.classes is None:
+        if not (suspects := self._suspects()):
             return 0.0
         generator = generator_for(self.seed, 22, device=self.device)
         images = plain_images(self.trainer)
-        return still_reached(self.model, self.suspicious.network, self.classes, images, generator, self.reduce)
+        return still_reached(self.model, self.suspicious.network, suspects, images, generator, self.reduce)
 
     def _classes_at_most(self) -> Sequence[int]:
         """The classes, or as many as there may be before they are known."""
@@ -248,7 +254,7 @@ class Unlearning(Distillation):
         """Let pseudo samples be for some classes, which share the images of crafting if they are many."""
         share = min(1.0, _CLASSES / len(classes))
         for source, images in zip(self.crafted, self._images_each, strict=True):
-            source.classes, source.guided = list(classes), self.reached < STILL_REACHED
+            source.classes, source.guided = list(classes), self.guided
             source.images_each = max(1, round(share * images))
 
     def _look(self) -> list[int]:

@@ -56,6 +56,11 @@ class ClassPatches(PerClass):
         """1 where the patches of rows `(N,)` cover images `(B, C, H, W)`, else 0: `(N, 1, H, W)`."""
         return cells_of(images.shape[2], images.shape[3], self.grid).to(images)[rows % self.grid**2]
 
+    def placed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """All patches, 0 outside their cells `(N, C, H, W)`, and where each covers such images `(N, 1, H, W)`."""
+        covers = self.covers(images, torch.arange(len(self.bank), device=self.bank.device)).to(self.bank)
+        return self.bank * covers, covers
+
     def show(self, images: Tensor, contents: Tensor, rows: Tensor) -> Tensor:
         """Put the patches on."""
         covers = self.covers(images, rows)

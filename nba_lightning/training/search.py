@@ -168,9 +168,8 @@ def _add_patches(
     evidence: Evidence, crafting: ClassPatches, classes: Tensor, suspicious: nn.Module, teacher: nn.Module
 ) -> None:
     """Add the best patches of each class, of those that win enough more from the suspicious network."""
-    first, every = evidence.images[0], torch.arange(len(crafting.bank), device=crafting.bank.device)
-    covers = crafting.covers(first, every).to(crafting.bank)
-    bank, wanted = crafting.bank * covers, crafting.rows_of(classes)
+    first, wanted = evidence.images[0], crafting.rows_of(classes)
+    bank, covers = crafting.placed(first)
     asked = [torch.cat(evidence.images[: 1 + (_ASKED_OF_PATCHES - 1) // len(first)])[:_ASKED_OF_PATCHES]]
     taught, came_in = (won(network, asked, wanted, bank, evidence.reduce, covers) for network in (teacher, suspicious))
     with torch.no_grad(), evaluating(suspicious):
